@@ -37,7 +37,7 @@ from d2llm.models.layer_choice import choose_layers, layer_distances
 from d2llm.models.neurons import prune_neurons
 from d2llm.models.student import Student
 from d2llm.recipe import Pooling
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 
 SETS: dict[str, Task] = {
     **dict.fromkeys(("qnli", "wikiqa", "squad-sent"), "asymmetric"),

@@ -45,7 +45,7 @@ from d2llm.data.run_folder import is_finished, manifest_of
 from d2llm.models.student import Student
 from d2llm.models.writers.writer import Assignment, Writer, kind_of_query, load_writer
 from d2llm.recipe import Recipe
-from d2llm.recipe.recipe_file import load_recipe, named_writer
+from d2llm.recipe.recipe import load_recipe, named_writer
 from d2llm.recipe.variants import find_variant
 from d2llm.training.distill import distill
 

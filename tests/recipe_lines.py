@@ -6,7 +6,7 @@ import re
 
 from d2llm.core.errors import RecipeError
 from d2llm.recipe import Recipe
-from d2llm.recipe.recipe_file import load_recipe_text
+from d2llm.recipe.recipe import load_recipe_text
 
 _SETTING = re.compile(r"[\w.]+ = ")
 

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from d2llm.models.teachers.teacher import Teacher as Teacher
     from d2llm.recipe import Recipe as Recipe
     from d2llm.recipe.losses import Loss as Loss
-    from d2llm.recipe.recipe_file import load_recipe as load_recipe
+    from d2llm.recipe.recipe import load_recipe as load_recipe
     from d2llm.retrieval.encode import encode as encode
     from d2llm.retrieval.index import Index as Index
     from d2llm.retrieval.settings import SearchSettings as SearchSettings
@@ -110,7 +110,7 @@ _HOME_OF = {
     "export": "d2llm.models.export.export",
     "find_documents": "d2llm.data.documents",
     "fit": "d2llm.fitting.fit",
-    "load_recipe": "d2llm.recipe.recipe_file",
+    "load_recipe": "d2llm.recipe.recipe",
     "open_data": "d2llm.data.open_data",
     "showing_progress": "d2llm.core.progress",
     "sync_documents": "d2llm.retrieval.sync",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from d2llm.recipe import Recipe
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from d2llm.recipe.variants import VARIANTS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "llm_teacher"

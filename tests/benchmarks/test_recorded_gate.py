@@ -14,7 +14,7 @@ from d2llm.data.trec import read_run
 from d2llm.models.teachers.classifier import ClassifierTeacher
 from d2llm.models.teachers.identity import TEACHER_KIND
 from d2llm.recipe import LoraConfig, TeacherConfig
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from tiny_models import write_tiny_model
 
 SET = "banking77"

@@ -32,7 +32,7 @@ from d2llm.data.documents import find_documents
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.pairs import read_pairs
 from d2llm.models.student import Student
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from d2llm.retrieval.index import Index
 from d2llm.server.keys import add_key, read_keys
 from d2llm.server.settings import load_settings

@@ -18,7 +18,7 @@ from d2llm.core.types import (
     WholeText,
 )
 from d2llm.recipe import TeacherConfig
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from d2llm.retrieval.context import AnswerContext
 from e2e.command_line import write_data
 from fake_models import FakeStudent

@@ -14,7 +14,7 @@ from d2llm.core import progress
 from d2llm.core.shipped import shipped_recipes
 from d2llm.models.student import Student
 from d2llm.recipe import Lora
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from e2e.command_line import PROGRAM, d2llm, fail, succeed, succeed_with_report, write_recipe
 from e2e.small_corpus import SENTENCES
 

@@ -15,7 +15,7 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.layer_choice import layer_distances
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from e2e.command_line import (
     d2llm,
     fail,

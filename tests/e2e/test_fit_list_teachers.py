@@ -16,7 +16,7 @@ from d2llm.fitting import time_plan
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import identify_teacher, recorded_teacher
 from d2llm.recipe import TeacherConfig
-from d2llm.recipe.recipe_file import named_teacher
+from d2llm.recipe.recipe import named_teacher
 from e2e.command_line import fail, succeed_with_report, write_lines
 from list_endpoint import grade, judged_lists, list_teacher, shared_words
 from local_endpoint import LocalEndpoint, local_endpoint

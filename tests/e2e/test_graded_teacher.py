@@ -15,7 +15,7 @@ from d2llm.evaluation import pool_scores
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.recipe import GateConfig, LabellingConfig, TeacherConfig
-from d2llm.recipe.recipe_file import named_teacher, parse_recipe
+from d2llm.recipe.recipe import named_teacher, parse_recipe
 from d2llm.training.ensemble_teachers import ensemble_teachers
 from d2llm.training.gate import gate
 from d2llm.training.label import LabelReport, label

@@ -18,7 +18,7 @@ from d2llm.data.plan import read_plan
 from d2llm.fitting.write_queries import DraftStore
 from d2llm.methods.losses.soft_expansion import read_expansions
 from d2llm.models.teachers.pair_teacher import identify_teacher
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from e2e.command_line import fail, succeed, write_lines
 from list_endpoint import KINDS, counts_words, recipe_with_teacher
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, completion, local_endpoint

@@ -22,7 +22,7 @@ from d2llm.data.plan import TrainingPlan, read_plan
 from d2llm.evaluation import pool_scores
 from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.teachers.pair_teacher import identify_teacher
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report
 from list_endpoint import KINDS, counts_words, grade, judged_lists, recipe_with_teacher, shared_words
 from local_endpoint import LocalEndpoint, Reply, Request, chat, local_endpoint

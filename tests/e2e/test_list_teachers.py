@@ -12,7 +12,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.ops.rereading import StudentError
-from d2llm.recipe.recipe_file import named_teacher
+from d2llm.recipe.recipe import named_teacher
 from d2llm.retrieval.calibrate import write_error
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 from list_endpoint import KINDS, judged_lists, list_teacher, recipe_with_teacher, shared_words

@@ -14,7 +14,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.evaluation import pool_scores
 from d2llm.evaluation.pool_scores import interleaved, score_pool
 from d2llm.models.teachers.pair_teacher import load_teacher, recorded_teacher
-from d2llm.recipe.recipe_file import named_teacher
+from d2llm.recipe.recipe import named_teacher
 from fake_models import FakeTeacher, Interruption
 from list_endpoint import judged_lists, list_teacher
 

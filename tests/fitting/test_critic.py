@@ -16,7 +16,7 @@ from d2llm.fitting.report import audit_page
 from d2llm.fitting.write_queries import Draft, DraftStore, passage_hash
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import TeacherScores, load_teacher, recorded_teacher
-from d2llm.recipe.recipe_file import named_teacher
+from d2llm.recipe.recipe import named_teacher
 from d2llm.retrieval.index import Index
 from list_endpoint import list_teacher
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model

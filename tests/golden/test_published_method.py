@@ -29,7 +29,7 @@ from d2llm.data.plan import PlanEntry, TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import Full, Lora, Recipe, Tuning
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from d2llm.training.distill import DistillReport, distill
 from published_method import Example, PublishedTraining, Settings
 from tiny_data import make_source

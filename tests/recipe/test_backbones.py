@@ -11,7 +11,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError, RecipeError
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, Lora, StudentConfig
-from d2llm.recipe.recipe_file import load_recipe_text
+from d2llm.recipe.recipe import load_recipe_text
 from d2llm.reports.methods import describe_methods
 from installed_package import install
 from tiny_data import tiny_recipe

@@ -12,7 +12,7 @@ import torch
 from d2llm.core.errors import RecipeError
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import LOSSES, Loss, Objective
-from d2llm.recipe.recipe_file import load_recipe_text, shaping_settings
+from d2llm.recipe.recipe import load_recipe_text, shaping_settings
 from tiny_distill import Workspace, log_of
 
 

@@ -11,7 +11,7 @@ import torch
 from d2llm.core.errors import DataFormatError
 from d2llm.models.student import Student
 from d2llm.recipe import AutoPooling, Pooling, StudentConfig
-from d2llm.recipe.recipe_file import load_recipe_text
+from d2llm.recipe.recipe import load_recipe_text
 from installed_package import install
 from tiny_data import tiny_recipe
 from tiny_distill import Workspace

@@ -13,7 +13,7 @@ from d2llm.core.errors import RecipeError
 from d2llm.core.problems import describe_errors
 from d2llm.recipe import Lora, Pretraining, Recipe, TeacherConfig, TeacherTuningConfig
 from d2llm.recipe.losses import Objective
-from d2llm.recipe.recipe_file import (
+from d2llm.recipe.recipe import (
     changed_recipe,
     changed_settings,
     load_recipe,

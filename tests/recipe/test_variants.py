@@ -29,7 +29,7 @@ from d2llm.recipe import (
     TrainingConfig,
 )
 from d2llm.recipe.losses import LOSSES
-from d2llm.recipe.recipe_file import load_recipe, parse_recipe
+from d2llm.recipe.recipe import load_recipe, parse_recipe
 from d2llm.recipe.variants import VARIANTS, Variant, find_variant
 from d2llm.training.ablation_report import BASE
 from tiny_distill import Workspace, losses_of, score_batch

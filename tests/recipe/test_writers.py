@@ -10,7 +10,7 @@ from d2llm.core.errors import RecipeError
 from d2llm.methods.losses.soft_expansion import SoftExpansion
 from d2llm.models.writers.writer import Assignment, load_writer
 from d2llm.recipe import LocalWriterConfig, WriterConfig
-from d2llm.recipe.recipe_file import load_recipe_text, named_writer
+from d2llm.recipe.recipe import load_recipe_text, named_writer
 from installed_package import install
 
 THEIRS = """

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from d2llm.core.types import Task
 from d2llm.recipe import GradedTeacherConfig
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from d2llm.recipe.variants import VARIANTS
 from d2llm.reports.ablation import ablation_document, ablation_table, forest_plot, groups, remarks, variants_table
 from d2llm.reports.html.page import page as page_of

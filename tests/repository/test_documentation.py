@@ -18,7 +18,7 @@ from d2llm.cli.main import app
 from d2llm.core.errors import MissingExtraError
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import LOSSES, Objective
-from d2llm.recipe.recipe_file import load_recipe_text
+from d2llm.recipe.recipe import load_recipe_text
 from d2llm.recipe.sections import SectionOfKind
 
 PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md")

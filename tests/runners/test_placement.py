@@ -21,7 +21,7 @@ from d2llm.ops.ensemble import Ensemble
 from d2llm.recipe import RemoteConfig, TeacherConfig
 from d2llm.retrieval import encode as encode_verb
 from d2llm.retrieval.cosine import CosineStudent
-from d2llm.retrieval.text_workers import TextShard, encode_shard, encode_texts, encoder_loads
+from d2llm.retrieval.reading import TextShard, encode_shard, encode_texts, encoder_loads
 from d2llm.runners.placement import HERE, Placement, load_work
 from d2llm.runners.runner import LocalRunner
 from d2llm.training import label as label_verb

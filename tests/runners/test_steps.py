@@ -36,7 +36,7 @@ from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.retrieval import query_preparation
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.text_workers import TextShard, encode_shard, encoder_loads, load_student
+from d2llm.retrieval.reading import TextShard, encode_shard, encoder_loads, load_student
 from d2llm.runners import placement as placements
 from d2llm.runners import ray_runner
 from d2llm.runners.placement import Placement

@@ -12,7 +12,7 @@ import pytest
 
 from d2llm.core.errors import MissingExtraError, RecipeError
 from d2llm.recipe import Recipe, TrainingConfig
-from d2llm.recipe.recipe_file import parse_recipe
+from d2llm.recipe.recipe import parse_recipe
 from d2llm.training import checkpoints
 from d2llm.training.checkpoints import LOG, RunLog, numbers, open_trackers
 

@@ -19,7 +19,7 @@ from torch import nn
 from d2llm.core.errors import InputError, OutOfTimeError, Terminated, TrainingDivergedError
 from d2llm.core.time_limit import time_limit
 from d2llm.recipe import Recipe
-from d2llm.recipe.recipe_file import shaping_settings
+from d2llm.recipe.recipe import shaping_settings
 from d2llm.training import trainer as module
 from d2llm.training.checkpoints import CHECKPOINT, LOG, BestState, trainable
 from d2llm.training.trainer import BEST, Trainable, Trainer

@@ -68,7 +68,7 @@ def known_teacher(name: str | None) -> str | None:
 
 def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
     """The teacher that two options name; ``model`` may be ``KIND:MODEL``, or a TOML file."""
-    from d2llm.recipe.recipe_file import named_teacher
+    from d2llm.recipe.recipe import named_teacher
 
     return named_teacher(model, prompt=prompt)
 
@@ -306,7 +306,7 @@ class WriterOptions:
             InputError: an option is about an endpoint, but there is none, or the endpoint's model is not named.
         """
         from d2llm.recipe import RemoteWriterConfig, WriterEndpointConfig
-        from d2llm.recipe.recipe_file import named_writer
+        from d2llm.recipe.recipe import named_writer
 
         if self.endpoint is not None:
             if self.writer is None:

@@ -14,7 +14,7 @@ from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import read_pair_training_set
 from d2llm.data.plan import TrainingPlan, TrainingSource, read_plan
 from d2llm.recipe import DataConfig, Recipe
-from d2llm.recipe.recipe_file import changed_recipe, shaping_settings, tuning_settings
+from d2llm.recipe.recipe import changed_recipe, shaping_settings, tuning_settings
 
 
 class RunFolder:

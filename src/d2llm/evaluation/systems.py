@@ -37,10 +37,10 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.local_segment import LocalSegment
 from d2llm.retrieval.open_index import part_formats
 from d2llm.retrieval.query_preparation import ENCODED_AT_ONCE
+from d2llm.retrieval.reading import encode_shard, encode_texts
 from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.segments import IndexView
-from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex, rank_passages
 from d2llm.store.index_manifest import FORMAT_VERSION

@@ -12,7 +12,7 @@ from d2llm.fitting.served_index import ServedIndex
 from d2llm.fitting.training_data import part_of
 from d2llm.ops.gating import GateTest, better
 from d2llm.recipe import untuned_config
-from d2llm.retrieval.text_workers import create_student, encoder_loads
+from d2llm.retrieval.reading import create_student, encoder_loads
 
 if TYPE_CHECKING:
     from d2llm.evaluation.contenders import Contenders

@@ -53,7 +53,7 @@ from d2llm.fitting.training_data import DataReport, read_judged, write_users_dat
 from d2llm.fitting.write_queries import DraftStore, WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest
 from d2llm.recipe import DataConfig, Recipe, WriterConfig
-from d2llm.recipe.recipe_file import parse_recipe
+from d2llm.recipe.recipe import parse_recipe
 from d2llm.runners.placement import HERE, find_runner
 from d2llm.runners.runner import Runner
 

@@ -23,7 +23,7 @@ from d2llm.data.run_folder import is_finished
 from d2llm.fitting.fit_folder import FitFolder
 from d2llm.fitting.settings import FitSettings
 from d2llm.models.protocols import expansion_fingerprint, task_for
-from d2llm.retrieval.text_workers import load_student
+from d2llm.retrieval.reading import load_student
 from d2llm.runners.runner import Runner
 from d2llm.store.index_manifest import Chunking, write_chunking
 

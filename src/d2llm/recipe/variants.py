@@ -14,7 +14,7 @@ from typing import Any, Literal
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import suggestion
 from d2llm.recipe import ChangedPooling, Pooling, Recipe
-from d2llm.recipe.recipe_file import parse_recipe
+from d2llm.recipe.recipe import parse_recipe
 
 VariantGroup = Literal["baseline", "published", "losses", "own"]
 _Group = Mapping[str, tuple[str, Mapping[str, Any]]]  # name -> title and settings

@@ -27,7 +27,7 @@ from d2llm.models.protocols import SearchStudent, expansion_fingerprint, task_fo
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.open_index import settled
 from d2llm.retrieval.reading import EncodedPassages, read_passages
-from d2llm.retrieval.text_workers import load_student as load_named_student
+from d2llm.retrieval.reading import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES, DocumentsReport, UpsertReport
 from d2llm.runners.placement import Load, find_runner, load_work
 from d2llm.runners.runner import Runner, Workers

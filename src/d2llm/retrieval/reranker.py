@@ -19,7 +19,7 @@ from d2llm.core.types import DEFAULT_RERANKED_PASSAGES, Task
 from d2llm.models.protocols import SearchStudent
 from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.ops.rereading import StudentError
-from d2llm.recipe.recipe_file import named_section, named_teacher
+from d2llm.recipe.recipe import named_section, named_teacher
 from d2llm.recipe.sections import SectionOfKind
 from d2llm.retrieval.segments import IndexView
 

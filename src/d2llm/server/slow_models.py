@@ -14,7 +14,7 @@ from d2llm.core.types import ExpansionMethod, QueryRewriting
 from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries, load_writer
 from d2llm.recipe import RemoteWriterConfig, WriterConfig, WriterEndpointConfig
-from d2llm.recipe.recipe_file import named_teacher, named_writer
+from d2llm.recipe.recipe import named_teacher, named_writer
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.reranker import OpenReranker, Reranker, TeacherReranker, open_reranker
 from d2llm.retrieval.rewriting import Rewriter

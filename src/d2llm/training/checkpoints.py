@@ -25,7 +25,7 @@ from d2llm.core.extras import require
 from d2llm.core.files import write_bytes
 from d2llm.models.sources import load_tensors
 from d2llm.recipe import Recipe, TrainingConfig, WarmUpConfig
-from d2llm.recipe.recipe_file import changed_recipe, changed_settings
+from d2llm.recipe.recipe import changed_recipe, changed_settings
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"

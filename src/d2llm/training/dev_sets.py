@@ -41,7 +41,7 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
-from d2llm.retrieval.text_workers import encode_shard, encode_texts
+from d2llm.retrieval.reading import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists
 from d2llm.store.part_vectors import PartVectors

@@ -30,7 +30,7 @@ from d2llm.recipe import (
     TeacherIdentity,
     shaping_student_settings,
 )
-from d2llm.recipe.recipe_file import changed_settings
+from d2llm.recipe.recipe import changed_settings
 from d2llm.store.bm25 import bm25_lists
 from d2llm.training.dev_sets import make_dev_set
 from d2llm.training.label import TeacherOnDemand

@@ -22,7 +22,7 @@ from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.ensemble import DEFAULT_L2, Ensemble, fit_ensemble, out_of_fold_log_odds
 from d2llm.recipe import TeacherConfig
-from d2llm.retrieval.text_workers import encoder_loads
+from d2llm.retrieval.reading import encoder_loads
 from d2llm.runners.placement import Placement
 from d2llm.runners.runner import LocalRunner, Runner
 from d2llm.training.dev_sets import DevSet, DevSetScores, dev_queries, make_teacher_dev_set, score_dev_set

@@ -26,7 +26,7 @@ from d2llm.models.teachers.ensemble import ensemble_queries
 from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.ops.gating import better
 from d2llm.recipe import GateConfig, TeacherConfig
-from d2llm.retrieval.text_workers import encoder_loads
+from d2llm.retrieval.reading import encoder_loads
 from d2llm.runners.placement import HERE, Placement
 from d2llm.runners.runner import LocalRunner, Runner
 from d2llm.training.dev_sets import (

@@ -21,7 +21,7 @@ from d2llm.data.run_folder import RunFolder, is_finished, manifest_of, put_aside
 from d2llm.models.downloads import find_saved
 from d2llm.models.teachers.identity import find_kind
 from d2llm.recipe import DataConfig, FusedTeacherConfig, GradedTeacherConfig, Recipe, TeacherConfig, untuned_config
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
     from d2llm.models.student import Student
@@ -108,7 +108,7 @@ class OpenRun:
 
     def _untuned_cosine_and_load(self) -> tuple[Student, Callable[[], Student]]:
         """``untuned_cosine``, and how the workers of a cluster make it."""
-        from d2llm.retrieval.text_workers import create_student
+        from d2llm.retrieval.reading import create_student
 
         load = partial(create_student, untuned_config(self.recipe.student), **self._computing)
         return load(), load

@@ -30,7 +30,7 @@ from d2llm.data.run_folder import (
 )
 from d2llm.models.downloads import find_saved
 from d2llm.recipe import CosineTeacherConfig, Recipe, TeacherConfig
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe import load_recipe
 from d2llm.recipe.variants import find_variant
 from d2llm.training.open_run import OpenRun, Skipped
 
@@ -299,7 +299,7 @@ class Run(OpenRun):
             runner: where the corpus is encoded and the teacher scores (``finish``).
         """
         from d2llm.models.teachers.pair_teacher import identify_teacher
-        from d2llm.retrieval.text_workers import load_student
+        from d2llm.retrieval.reading import load_student
         from d2llm.runners.placement import find_runner
         from d2llm.training.gate import gate, read_gate
         from d2llm.training.sentences import describe_gates

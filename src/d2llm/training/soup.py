@@ -23,7 +23,7 @@ from d2llm.models.interaction import Interaction
 from d2llm.models.lora import merged_state_dict
 from d2llm.models.student import Student
 from d2llm.recipe import shaping_student_settings
-from d2llm.recipe.recipe_file import changed_settings
+from d2llm.recipe.recipe import changed_settings
 from d2llm.training.choose_weights import choose_interaction_weights, mean_value
 from d2llm.training.dev_sets import DevResult, evaluate_dev, make_dev_set
 

@@ -26,7 +26,7 @@ from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.recipe import AutoPooling, BackboneConfig, DataConfig, Recipe, StudentConfig, TrainingConfig
-from d2llm.recipe.recipe_file import load_recipe_text, named_teacher
+from d2llm.recipe.recipe import load_recipe_text, named_teacher
 from d2llm.training.checkpoints import usual_epochs
 from d2llm.training.fit_score_features import LISTED_DEPTH
 from d2llm.training.settings import LISTED_PASSAGES

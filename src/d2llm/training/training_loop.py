@@ -32,7 +32,7 @@ from d2llm.data.plan import read_plan, write_plan
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.recipe import Recipe, TrainingConfig
-from d2llm.recipe.recipe_file import shaping_settings
+from d2llm.recipe.recipe import shaping_settings
 from d2llm.training.checkpoints import BestState, epochs_of, open_trackers, trainable, warmup_steps
 from d2llm.training.choose_weights import (
     choose_fraction,

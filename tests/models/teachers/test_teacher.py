@@ -12,7 +12,7 @@ from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.models.teachers.pair_teacher import gives_grades, load_teacher, ranks_lists
 from d2llm.models.teachers.teacher import Teacher
 from d2llm.recipe import TeacherConfig
-from d2llm.recipe.recipe_file import named_teacher
+from d2llm.recipe.recipe import named_teacher
 from d2llm.retrieval.index import Index
 from fake_models import FakeStudent
 from rerankers import teacher_reading

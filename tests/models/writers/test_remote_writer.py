@@ -18,7 +18,7 @@ from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.writers.remote import RemoteWriter
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
 from d2llm.recipe import WriterConfig, WriterEndpointConfig
-from d2llm.recipe.recipe_file import named_writer
+from d2llm.recipe.recipe import named_writer
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, local_endpoint
 from tiny_models import TEXTS, tiny_tokenizer
 from waiting import until

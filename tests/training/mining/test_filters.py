@@ -20,7 +20,7 @@ from d2llm.data.same_text import jaccard, shingles
 from d2llm.models.teachers.pair_teacher import TeacherScores, load_teacher
 from d2llm.recipe import MiningConfig
 from d2llm.recipe.data import RankWeighted, Sampling, Top
-from d2llm.recipe.recipe_file import named_teacher, parse_recipe
+from d2llm.recipe.recipe import named_teacher, parse_recipe
 from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
 from d2llm.training.mining.choose import order_candidates, random_of
 from d2llm.training.mining.mine import MiningResult, mine

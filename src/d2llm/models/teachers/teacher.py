@@ -23,7 +23,7 @@ from d2llm.models.teachers.pair_teacher import (
     score_until_error,
 )
 from d2llm.recipe import TeacherConfig
-from d2llm.recipe.recipe_file import named_teacher
+from d2llm.recipe.recipe import named_teacher
 
 
 class Teacher(InterruptibleTeacher):

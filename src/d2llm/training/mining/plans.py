@@ -24,7 +24,7 @@ from d2llm.models.downloads import find_saved
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher, ranks_lists
 from d2llm.recipe import DataConfig, MiningConfig
-from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
+from d2llm.retrieval.reading import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load, Placement, find_runner
 from d2llm.runners.runner import Runner
 from d2llm.training.mining.audit import audit_page

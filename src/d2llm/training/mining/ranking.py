@@ -25,7 +25,7 @@ from d2llm.core.types import Passage, Query, Task
 from d2llm.models.protocols import SearchStudent, TextEncoder
 from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.selection import ids_at, nearest_rows, top_rows
-from d2llm.retrieval.text_workers import TextShard, encode_shard, encode_texts
+from d2llm.retrieval.reading import TextShard, encode_shard, encode_texts
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
 from d2llm.runners.placement import HERE, Placement
 from d2llm.runners.runner import LocalWorkers, Workers
