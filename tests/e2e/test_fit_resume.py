@@ -19,13 +19,13 @@ KILLED_IN = {
     "reviewing": "fit, 'write_written_data'",
     "training": "distill, '_write'",
     "comparing": "served_index.ServedIndex, 'serve'",
-    "the last line": "fit_folder.FitFolder, 'write_manifest', after=2",
+    "the last line": "served_index.FitFolder, 'write_manifest', after=2",
 }
 """When -> which function never returns from its call number ``after``."""
 RUN = f"""
 import os, signal, sys
 from pathlib import Path
-from d2llm.fitting import fit, fit_folder, served_index, write_queries
+from d2llm.fitting import fit, served_index, write_queries
 from d2llm.fitting.fit import Fit
 from d2llm.training import distill
 from tiny_fit import settings_for

@@ -17,9 +17,8 @@ from d2llm.data.run_folder import is_finished
 from d2llm.fitting.compare import START_NAME, TRAINED_NAMES
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.fit import Fit, fit
-from d2llm.fitting.report import verdict_sentence
+from d2llm.fitting.report import Stages, verdict_sentence
 from d2llm.fitting.served_index import student_for
-from d2llm.fitting.stages import Stages
 from d2llm.models.student import Student
 from d2llm.ops.gating import better
 from d2llm.recipe import Recipe

@@ -32,11 +32,9 @@ from d2llm.data.run_folder import is_finished
 from d2llm.evaluation.pool_scores import place_teacher
 from d2llm.fitting.compare import compare_students, is_weighted
 from d2llm.fitting.critic import Review, review_queries
-from d2llm.fitting.fit_folder import default_folder, require_fit_folder
-from d2llm.fitting.report import FitReport, audit_page, outcome, report_page
-from d2llm.fitting.served_index import ServedIndex
+from d2llm.fitting.report import FitReport, Stages, audit_page, outcome, report_page
+from d2llm.fitting.served_index import ServedIndex, default_folder, require_fit_folder
 from d2llm.fitting.settings import FitSettings
-from d2llm.fitting.stages import Stages
 from d2llm.fitting.time_plan import (
     NUM_NEGATIVES,
     TimePlan,
