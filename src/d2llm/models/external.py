@@ -56,7 +56,7 @@ class ExternalConfig:
     model: str
     similarity: str
 
-    def model_dump(self, *, mode: str = "json") -> dict[str, Any]:  # noqa: ARG002 - same signature as pydantic's, for manifests
+    def model_dump(self, *, mode: str = "json") -> dict[str, Any]:
         """The configuration as plain values."""
         return {"model": self.model, "similarity": self.similarity}
 
@@ -109,19 +109,12 @@ class ExternalBiEncoder(PlainStudent):
         """How many tokens of a text it reads; None if there is no limit."""
         return self._model.get_max_seq_length()
 
-    def query_vectors(
-        self,
-        query_vectors: NDArray[np.float32],
-        task: Task,  # noqa: ARG002 - part of the protocol
-    ) -> NDArray[np.float32]:
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
         """The query vectors, unchanged."""
         return query_vectors
 
     def score(
-        self,
-        query_vector: NDArray[np.float32],
-        passage_vectors: NDArray[np.float32],
-        task: Task,  # noqa: ARG002 - part of the protocol
+        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
         """[dim], [n, dim] -> inner products [n]; ``task`` is ignored."""
         return passage_vectors @ query_vector
@@ -168,19 +161,16 @@ class ExternalCrossEncoder:
         self.name = name
         self.fingerprint = fingerprint
 
-    def prompt_fingerprint(
-        self,
-        task: Task,  # noqa: ARG002 - part of the protocol
-    ) -> str:
+    def prompt_fingerprint(self, task: Task) -> str:
         """The same for every task, because the model has no prompt."""
         return "none"
 
     def score_pairs(
         self,
         pairs: Sequence[tuple[str, str]],
-        task: Task,  # noqa: ARG002 - part of the protocol
+        task: Task,
         *,
-        with_features: bool = False,  # noqa: ARG002 - the model has no features
+        with_features: bool = False,
         advance: Advance | None = None,
     ) -> TeacherScores:
         """Score (query text, passage full text) pairs; ``advance`` is called with the number of pairs finished."""

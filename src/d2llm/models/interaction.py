@@ -472,7 +472,7 @@ class CosineHead(nn.Module):
     has_dot = True
     kind = "cosine"
 
-    def has_interaction(self, task: Task) -> bool:  # noqa: ARG002 - same for every task
+    def has_interaction(self, task: Task) -> bool:
         """There is none."""
         return False
 
@@ -481,11 +481,7 @@ class CosineHead(nn.Module):
         self.dim = dim
         self.log_scale = nn.Parameter(torch.tensor(scale).log())
 
-    def query_vectors(
-        self,
-        queries: Float[Tensor, "queries dim"],
-        task: Task,  # noqa: ARG002 - same for every task
-    ) -> Float[Tensor, "queries dim"]:
+    def query_vectors(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
         """The vectors t a / dim, whose inner product with a passage's vector is the logit."""
         return queries * (self.log_scale.exp() / self.dim)
 
@@ -515,11 +511,7 @@ class DivergenceHead(CosineHead):
 
     kind = "divergence"
 
-    def query_vectors(
-        self,
-        queries: Float[Tensor, "queries dim"],
-        task: Task,  # noqa: ARG002 - same for every task
-    ) -> Float[Tensor, "queries dim"]:
+    def query_vectors(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
         """The vectors f [sqrt(k), -(m^2 + s^2), 2 m] t / 2 k, whose inner product with a passage's is the logit."""
         size = self.dim // 2
         factor = (size / self.dim) ** 0.5

@@ -251,11 +251,11 @@ class PlainStudent:
         """None are known."""
         return ()
 
-    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer | None:  # noqa: ARG002
+    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer | None:
         """None: its score has no known bound."""
         return None
 
-    def why_no_interaction(self, task: Task) -> str | None:  # noqa: ARG002
+    def why_no_interaction(self, task: Task) -> str | None:
         """None: there is nothing to say about it."""
         return None
 
@@ -263,35 +263,22 @@ class PlainStudent:
         """[n, dim] -> ones [n]."""
         return np.ones(len(passage_vectors), np.float32)
 
-    def feature_weights(
-        self,
-        task: Task,  # noqa: ARG002
-        *,
-        stored: Collection[PartKind] | PartKind = PART_KINDS,  # noqa: ARG002
-    ) -> FeatureWeights:
+    def feature_weights(self, task: Task, *, stored: Collection[PartKind] | PartKind = PART_KINDS) -> FeatureWeights:
         """None: only the vectors count."""
         return FeatureWeights()
 
-    def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:  # noqa: ARG002
+    def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
         """None: all words of a query count alike."""
         return None
 
     def encode_with_tokens(
-        self,
-        texts: Sequence[str],  # noqa: ARG002
-        kind: TextKind,  # noqa: ARG002
-        *,
-        instruction: str | None = None,  # noqa: ARG002
-        advance: Advance | None = None,  # noqa: ARG002
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Raises an ``InputError``: it has no token embeddings."""
         raise InputError(f"a {type(self).__name__} has no token embeddings; make the index without them")
 
     def encode_chunks(
-        self,
-        texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]],  # noqa: ARG002
-        *,
-        with_tokens: bool = False,  # noqa: ARG002
+        self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]], *, with_tokens: bool = False
     ) -> EncodedChunks:
         """Raises an ``InputError``: it does not read a part of a text in the context of the rest."""
         raise InputError(f"a {type(self).__name__} cannot read parts of documents; chunk early")

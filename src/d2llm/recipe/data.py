@@ -87,7 +87,7 @@ class Uniform(Sampling, kind="uniform"):
 class Top(Sampling, kind="top"):
     """The best ranks first, of the better rank of the lists, then by id."""
 
-    def order(self, pool: Sequence[NegativeCandidate], rng: random.Random) -> Sequence[NegativeCandidate]:  # noqa: ARG002
+    def order(self, pool: Sequence[NegativeCandidate], rng: random.Random) -> Sequence[NegativeCandidate]:
         """The best ranks first."""
         return sorted(pool, key=lambda candidate: (candidate.best_rank, candidate.passage_id))
 

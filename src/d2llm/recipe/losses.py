@@ -108,7 +108,7 @@ class Loss(Registered, Section):
     def check_student(self, preparation: Preparation) -> None:
         """Check that the untrained student and the data sets fit; raises an ``InputError``."""
 
-    def prepare(self, preparation: Preparation) -> dict[str, Any]:  # noqa: ARG002
+    def prepare(self, preparation: Preparation) -> dict[str, Any]:
         """Before the first step: add what the loss needs of each batch to the data sets (``add_pair_input``).
 
         Returns, as JSON, what else the result depends on.
@@ -119,7 +119,7 @@ class Loss(Registered, Section):
         """The same loss without what it learns from a teacher; with weight 0 if nothing is left."""
         return self.model_copy(update={"weight": 0.0})
 
-    def record(self, *, is_trained: bool) -> dict[str, Any]:  # noqa: ARG002
+    def record(self, *, is_trained: bool) -> dict[str, Any]:
         """What the student's manifest says of it; ``is_trained``: the student is not the one at the start."""
         return {}
 

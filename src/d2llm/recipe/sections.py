@@ -278,7 +278,7 @@ class SectionOfKind(Registered, Section):
         values = handler(self)
         return self._written_kind(values) | values
 
-    def _written_kind(self, values: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+    def _written_kind(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The key that names the kind, beside the other settings as they are written."""
         return {"kind": self.kind}
 

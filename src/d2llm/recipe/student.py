@@ -111,7 +111,7 @@ class Pooling(SectionOfKind):
         """Vectors [batch, dim] of any length, from states [batch, tokens, dim], padded on the right, and their mask."""
         raise NotImplementedError
 
-    def module(self, backbone: Backbone) -> TextPooling | None:  # noqa: ARG002
+    def module(self, backbone: Backbone) -> TextPooling | None:
         """What pools the states of a backbone; None if ``pool`` does.
 
         Raises:

@@ -52,7 +52,7 @@ class WriterConfig(SectionOfKind):
         """Load the writer (``load_writer``); a kind defines it."""
         raise NotImplementedError
 
-    def cost(self, num_prompt_tokens: int, num_written_tokens: int) -> float | None:  # noqa: ARG002
+    def cost(self, num_prompt_tokens: int, num_written_tokens: int) -> float | None:
         """What so many tokens cost, in the currency of its prices; None if it has none."""
         return None
 

@@ -106,11 +106,7 @@ class CosineStudent(_InnerProduct, ForwardingEncoder):
         """Passage vectors of length one."""
         return _unit(super().encode_passages(texts, advance=advance))
 
-    def query_vectors(
-        self,
-        query_vectors: NDArray[np.float32],
-        task: Task,  # noqa: ARG002 - part of the protocol
-    ) -> NDArray[np.float32]:
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
         return query_vectors
 
 

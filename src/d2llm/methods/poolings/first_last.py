@@ -30,7 +30,7 @@ class FirstLast(Pooling, kind="first_last"):
     def weigh(
         self,
         states: Float[Tensor, "batch tokens dim"],
-        mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"],  # noqa: ARG002
+        mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"],
         output: Any,
     ) -> Float[Tensor, "batch tokens dim"]:
         """The mean of a token's states after the first and after the last layer.

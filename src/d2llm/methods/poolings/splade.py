@@ -89,7 +89,7 @@ class SpladePooling(TextPooling):
         return embeddings.detach().float()
 
     @torch.no_grad()
-    def fit_texts(self, texts: Sequence[str], encode: Callable[[Sequence[str]], EncodedTexts]) -> None:  # noqa: ARG002
+    def fit_texts(self, texts: Sequence[str], encode: Callable[[Sequence[str]], EncodedTexts]) -> None:
         from d2llm.methods.pretraining._imitation import fit_linear
 
         states: list[Tensor] = []

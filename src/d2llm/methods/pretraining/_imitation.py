@@ -152,7 +152,7 @@ class ImitationTask(PretrainingTask):
     def fitted(self, features: Float[Tensor, "rows width"]) -> None:
         """Called after ``linear`` was fitted to the student's ``features``."""
 
-    def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:  # noqa: ARG002
+    def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
         """How far the student is from the teacher."""
         for part in self.batches(batch):
             yield self.differences(*self.read([batch[index] for index in part])).sum() / len(batch)
@@ -175,11 +175,7 @@ class ImitationTask(PretrainingTask):
         return states, mask, teacher_states, teacher_mask
 
     def compared(
-        self,
-        states: Tensor,
-        mask: Tensor,
-        teacher_states: Tensor,
-        teacher_mask: Tensor,  # noqa: ARG002
+        self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What of the student [rows, width] is to predict what of the teacher [rows, other width]."""
         return states[mask], teacher_states[mask]

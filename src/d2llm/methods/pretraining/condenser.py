@@ -74,10 +74,10 @@ class Condensation(TwiceMasked):
     def decode(
         self,
         vectors: Float[Tensor, "texts dim"],
-        ids: Tensor,  # noqa: ARG002
+        ids: Tensor,
         mask: Bool[Tensor, "texts tokens"],
-        words: Sequence[Sequence[int]],  # noqa: ARG002
-        rng: random.Random,  # noqa: ARG002
+        words: Sequence[Sequence[int]],
+        rng: random.Random,
     ) -> Float[Tensor, "texts tokens dim"]:
         """Gao and Callan, "Condenser: a Pre-training Architecture for Dense Retrieval", EMNLP 2021 (arXiv 2104.08253),
         section 3.2.

@@ -37,7 +37,7 @@ class _States(ImitationTask):
         )
         return self.projection
 
-    def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:  # noqa: ARG002
+    def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:
         return state_distance(self.projection(states.float()), teacher_states, mask)
 
 

@@ -62,7 +62,7 @@ class _CrossUnmasking(TwiceMasked):
     def make_decoder(self, dim: int, heads: int) -> nn.Module:
         return CondenserHead(dim, heads, cast("MEXMA", self.config).head_layers)
 
-    def tokenize(self, passages: Sequence[str], queries: Sequence[str]) -> list[list[int]]:  # noqa: ARG002
+    def tokenize(self, passages: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
         """The tokens of the texts; those of their translations are kept."""
         pairs = read_pairs(Path(cast("MEXMA", self.config).translations), splits=["train"]).pairs("train")
         sides = [[pair.query for pair in pairs], [pair.passage for pair in pairs]]

@@ -57,7 +57,7 @@ class _Information(ImitationTask):
         linear = self.critic.projection
         linear.bias.copy_(-linear.weight @ features.float().mean(dim=0))
 
-    def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:  # noqa: ARG002
+    def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:
         scores = self.critic(states[mask], teacher_states[mask])
         return -mutual_information(scores, alpha=self.alpha).expand(len(states))
 

@@ -77,7 +77,7 @@ class _Relations(ImitationTask):
     def hooks(self) -> list[RemovableHandle]:
         return [hook for layer in self.attention for hook in layer.listen()]
 
-    def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:  # noqa: ARG002
+    def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:
         student_vectors, taught = (layer.vectors for layer in self.attention)
         values = [
             relation_divergence(

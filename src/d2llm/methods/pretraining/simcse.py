@@ -63,7 +63,7 @@ class TwoReadings(PretrainingTask):
         first, second = self.vectors_of(batch), self.vectors_of(self.changed(batch, rng))
         yield contrastive_loss(first, second, temperature=self.temperature)
 
-    def changed(self, batch: Sequence[list[int]], rng: random.Random) -> Sequence[list[int]]:  # noqa: ARG002
+    def changed(self, batch: Sequence[list[int]], rng: random.Random) -> Sequence[list[int]]:
         """The texts of the second reading."""
         return batch
 

@@ -68,7 +68,7 @@ class _WordsOfTexts(PretrainingTask):
         self.maps = nn.ModuleList([identity_map(dim, dim, self.seed) for _ in range(2)]).to(self.backbone.device)
         return self.maps
 
-    def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:  # noqa: ARG002
+    def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
         """How badly vectors predict a text's own words and those that follow, one half each."""
         for part in self.batches(batch):
             texts = [batch[index] for index in part]

@@ -59,7 +59,6 @@ class ClassifierTeacher(LocalTeacher):
         Raises:
             InputError: the special tokens alone fill ``max_tokens``.
         """
-        del task
 
         def encode(chosen: Sequence[TextPair]) -> list[list[_TokenAndType]]:
             queries, passages = [query for query, _ in chosen], [passage for _, passage in chosen]
@@ -83,7 +82,6 @@ class ClassifierTeacher(LocalTeacher):
         task: Task,
     ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, "pairs dim"] | None]:
         """Log-odds, and the pooled state if the model has one, both float32."""
-        del task
         types = {"token_type_ids": token_types} if self._has_types else {}
         with self._number_format():
             logits = self.model(input_ids=token_ids, attention_mask=mask.long(), **types).logits.float()

@@ -85,12 +85,7 @@ class CosineTeacher:
         return _question(task)
 
     def score_pairs(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,  # noqa: ARG002 - a student has no features
-        advance: Advance | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs by their vectors; ``advance`` is called with the number of pairs of each query."""
         queries, num_query_tokens = self._encode([query for query, _ in pairs], "query")

@@ -156,7 +156,6 @@ class EnsembleTeacher(InterruptibleTeacher):
 
     def _joined(self, pairs: Sequence[TextPair], scores: NDArray[np.float32], task: Task) -> NDArray[np.floating[Any]]:
         """The log-odds [n] of pairs from the scores [n, members] of those that score."""
-        del pairs
         return self._ensemble(task).only(self._counting(task)).log_odds(scores)
 
     def _ensemble(self, task: Task) -> Ensemble:
@@ -295,11 +294,9 @@ class FusedTeacher(EnsembleTeacher):
         return fingerprint_json([member.prompt_fingerprint(task) for member in self.members])
 
     def _counting(self, task: Task) -> list[int]:
-        del task
         return [*range(len(self.members))]
 
     def _joined(self, pairs: Sequence[TextPair], scores: NDArray[np.float32], task: Task) -> NDArray[np.float64]:
-        del task
         by_query: dict[str, list[int]] = {}
         for index, (query, _) in enumerate(pairs):
             by_query.setdefault(query, []).append(index)

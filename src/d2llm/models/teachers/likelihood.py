@@ -60,7 +60,6 @@ class LikelihoodTeacher(IdentifiedTeacher):
         self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs (``PairTeacher.score_pairs``); ``task`` makes no difference, and there are no features."""
-        del task, with_features
         assignments = [Assignment(text if text.strip() else _NOTHING, kind_of_query(query)) for query, text in pairs]
         prompts, is_cut = self.writer.encode_tuned(assignments)
         targets = [ids[:-1] or ids for ids in self.writer.encode_targets([query for query, _ in pairs])]

@@ -137,7 +137,6 @@ class ListTeacher(EndpointTeacher):
         - ModelError: some passages were not scored in ``lists.attempts`` answers, and ``remote.unanswered`` is
           ``error``; the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
-        del with_features
         room = self.endpoint.lengths.room(self.lists.max_passage_tokens)
         cut = self.endpoint.lengths.cut([("", text) for _, text in pairs], room)
         call = _Call(self.prompts[task], [text for _, text in cut])

@@ -121,7 +121,6 @@ class RecordedTeacher(IdentifiedTeacher):
     @classmethod
     def load(cls, config: GradedTeacherConfig, *, device: Any = None, dtype: Any = None) -> RecordedTeacher:
         """Like the constructor; ``device`` and ``dtype`` do not apply."""
-        del device, dtype
         return cls(config)
 
     @staticmethod
@@ -141,7 +140,6 @@ class RecordedTeacher(IdentifiedTeacher):
         self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Look the pairs up (``PairTeacher.score_pairs``), by their texts; several grades of a pair are averaged."""
-        del with_features
         grades = np.array([self._grade(self._grades[task], *pair) for pair in pairs], np.float64)
         undecided = np.isnan(grades)
         if undecided.any() and not self._has_warned:  # pairs come in parts, so only the caller can count them

@@ -69,7 +69,6 @@ class EndpointTeacher(IdentifiedTeacher, InterruptibleTeacher):
             ModelError: the endpoint is unreachable, refuses the key or a field of the request, or answers in a form
                 that this kind cannot read.
         """
-        del device, dtype
         teacher = cls(config)
         with using(None):
             error = teacher.try_out()
@@ -154,7 +153,6 @@ class RemoteTeacher(EndpointTeacher):
         - InputError: a pair is longer than the endpoint can read, or the prompt alone fills ``max_tokens``.
         - ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
-        del with_features
         prompt = self.prompts[task]
         texts, cut_here = self._write(prompt, pairs)
         query_order: dict[str, int] = {}

@@ -131,7 +131,6 @@ class VllmTeacher(IdentifiedTeacher):
             AnswerTokenError: the engine did not return the log-probabilities of both answer words.
             ModelError: the engine read other tokens than it was sent.
         """
-        del with_features
         inputs, num_truncated = self._questions.inputs(pairs, task)
         order: dict[tuple[int, ...], list[int]] = {}  # pairs of the same query follow each other
         for index, (prefix, _) in enumerate(inputs):
