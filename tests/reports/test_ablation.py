@@ -18,7 +18,7 @@ from d2llm.recipe import GradedTeacherConfig
 from d2llm.recipe.recipe import load_recipe
 from d2llm.recipe.variants import VARIANTS
 from d2llm.reports.ablation import ablation_document, ablation_table, forest_plot, groups, remarks, variants_table
-from d2llm.reports.html.page import page as page_of
+from d2llm.reports.html import page as page_of
 from d2llm.training.ablation_report import AblationReport, FailedRun, MeasuredSet, RunResult, named_measures, summarise
 
 HOSTILE = "<script>alert(1)</script>|*x*"

@@ -406,7 +406,7 @@ def ablate(
 
     Run it after mine and label. Finished runs are skipped, so the same command continues after an interruption.
     """
-    from d2llm.recipe.recipe_file import load_recipe
+    from d2llm.recipe.recipe import load_recipe
     from d2llm.reports.ablation import ablation_document, ablation_table, listed, variants_table
 
     session = session_of(context)

@@ -270,7 +270,7 @@ def ensemble(
     It is written to the folder ensemble in the run folder. To learn from it, name that folder as model of [teacher] in
     a recipe.
     """
-    from d2llm.recipe.recipe_file import named_teacher
+    from d2llm.recipe.recipe import named_teacher
     from d2llm.reports.training_tables import ensemble_tables, stack_document
 
     session = session_of(context)
@@ -305,7 +305,7 @@ def gate(
     Run it before label. [gate] in the recipe says how many queries to use (ten times as many pairs), and what to do
     with a data set whose gate is closed.
     """
-    from d2llm.recipe.recipe_file import named_teacher
+    from d2llm.recipe.recipe import named_teacher
     from d2llm.reports.training_tables import gate_table
     from d2llm.training.gate import GateReport
     from d2llm.training.sentences import gate_advice
@@ -442,7 +442,7 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
     from d2llm.data.run_folder import require_distinct_data
     from d2llm.recipe import Recipe
     from d2llm.recipe.losses import RECOMMENDED
-    from d2llm.recipe.recipe_file import load_recipe
+    from d2llm.recipe.recipe import load_recipe
     from d2llm.training.open_run import is_absent
     from d2llm.training.recipe_inputs import absent_inputs, check_backbone
 

@@ -489,9 +489,9 @@ def export(
     The files are float32, whatever this machine computes with; with --int8 the encoder uses eight-bit products.
     """
     from d2llm.models.export.export import export, report_of
+    from d2llm.models.external import is_bi_encoder, write_untrained
     from d2llm.models.student import Student
     from d2llm.models.student_files import read_student_manifest
-    from d2llm.models.untrained import is_bi_encoder, write_untrained
 
     session = session_of(context)
     if to == "student" and is_bi_encoder(student):

@@ -182,7 +182,7 @@ def size(
 
 def _training_memory(session: Session, recipe: str, device: str, memory: int | None) -> TrainingMemory:
     """Compute and show the memory of a training."""
-    from d2llm.recipe.recipe_file import load_recipe
+    from d2llm.recipe.recipe import load_recipe
     from d2llm.sizing.size import training_table
     from d2llm.sizing.training_memory import training_memory
 

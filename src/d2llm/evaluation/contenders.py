@@ -19,7 +19,7 @@ from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.protocols import PlainStudent, SearchStudent, TextEncoder
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.retrieval.cosine import CosineStudent, DotStudent
-from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
+from d2llm.retrieval.reading import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load
 
 NAME_BM25 = "BM25"

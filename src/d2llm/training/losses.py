@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError
 from d2llm.core.registry import Need
 from d2llm.data.collation import DistillationBatch, LabelledSource, ScorePassages
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses

@@ -18,9 +18,8 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import PlanEntry, TrainingPlan
+from d2llm.data.plan import PlanEntry, TrainingPlan, TrainingSource
 from d2llm.data.same_text import OwnCounts, SameText
-from d2llm.data.training import TrainingSource
 from d2llm.models.protocols import SearchStudent, TextEncoder
 from d2llm.recipe import MiningConfig
 from d2llm.retrieval.cosine import CosineStudent
