@@ -16,8 +16,13 @@ from d2llm.core.types import SystemKind, Task
 from d2llm.data.run_folder import RunFolder, companion, is_finished
 from d2llm.data.trec import TrecRun, read_run
 from d2llm.evaluation.report import EvaluationRow, MissingRow
+from d2llm.models.external import ExternalBiEncoder, load_external
 from d2llm.models.protocols import PlainStudent, SearchStudent, TextEncoder
-from d2llm.models.teachers.pair_teacher import PairTeacher
+from d2llm.models.sources import is_student
+from d2llm.models.student import Student, find_student
+from d2llm.models.student_files import FORMAT_VERSION, KIND
+from d2llm.models.teachers.pair_teacher import PairTeacher, asks_endpoint, identify_teacher, load_teacher
+from d2llm.recipe import StudentConfig, TeacherConfig, untuned_config
 from d2llm.retrieval.cosine import CosineStudent, DotStudent
 from d2llm.retrieval.reading import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load
