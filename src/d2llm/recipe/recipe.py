@@ -235,8 +235,10 @@ def named_section(text: str, section: str, base: type[_Kind], named: Callable[[s
         values = read_toml(Path(text), RecipeError)
         return base.model_validate({**values.get(section, values), **changes})
     except ValidationError as error:
-        where = text if is_file else f"the {section} '{text}'"
-        raise RecipeError(f"{where}: {describe_errors(error, base, section)}") from error
+        problem = describe_errors(error, base, section)
+        if not is_file:
+            text, problem = f"the {section} '{text}'", problem.removeprefix(f"{section}: ")
+        raise RecipeError(f"{text}: {problem}") from error
 
 
 def _find_recipe(path_or_name: str | Path) -> Path:
