@@ -249,9 +249,11 @@ def _look_up(
 
 @inlined
 def _make_room(
-    rows: NDArray[np.int64], scores: NDArray[np.float32], size: int, floor: float
+    rows: NDArray[np.int64], scores: NDArray[np.float32], size: int, num_more: int, floor: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
-    """Drop the rows of a full list that are below the floor; a longer list if half of it stays."""
+    """Drop the rows of a list that are below the floor, if more do not fit; a longer list if half of it stays."""
+    if size + num_more <= len(rows):
+        return rows, scores, size
     kept = 0
     for at in range(size):
         if scores[at] >= floor:
@@ -323,9 +325,9 @@ def best_rows(
     num_read, bins_per_score = 0, (len(bins) - 1) / max(limit, _TINY)
     lowest = _lowest_of(bins, 0, bins.sum(), top_k)
     for begin in range(0, num, RANGE):
-        end, floor = min(begin + RANGE, num), _BELOW * lowest[0] / bins_per_score
+        range_, floor = (begin, min(begin + RANGE, num)), _BELOW * lowest[0] / bins_per_score
         for term in range(num_terms):
-            stops[term] = _first_at_least(rows if units[term] == 1 else added_rows, begins[term], ends[term], end)
+            stops[term] = _first_at_least(rows if units[term] == 1 else added_rows, begins[term], ends[term], range_[1])
         _add_up(weights, begins, stops, shares, shares_at, begin // RANGE, factor, rests)
         if rests[0] == 0.0 or rests[0] * _ROUNDING < floor:
             begins[:] = stops
@@ -333,23 +335,21 @@ def best_rows(
         num_summed = _num_summed(rests, floor)
         for term in range(num_terms):
             unit, extent, weight = units[term], (begins[term], stops[term]), weights[term]
-            if term >= num_summed and _are_few(sums[: end - begin], floor / _ROUNDING - rests[term], extent):
+            if term >= num_summed and _are_few(sums[: range_[1] - begin], floor / _ROUNDING - rests[term], extent):
                 break
             postings, times = (rows, counts) if unit == 1 else (added_rows, hundredths)
             num_read, num_summed = num_read + extent[1] - extent[0], max(num_summed, term + 1)
-            _add(sums, touched, postings, times, unit, extent, (begin, end), weight, norms, norm_of)
-        num_chosen = _choose(sums, touched, (begin, end), usable, floor / _ROUNDING - rests[num_summed], chosen, scores)
+            _add(sums, touched, postings, times, unit, extent, range_, weight, norms, norm_of)
+        num_chosen = _choose(sums, touched, range_, usable, floor / _ROUNDING - rests[num_summed], chosen, scores)
         for term in range(num_summed, num_terms):
             unit, extent, weight = units[term], (begins[term], stops[term]), weights[term]
             postings, times = (rows, counts) if unit == 1 else (added_rows, hundredths)
             num_read, least = num_read + min(num_chosen, extent[1] - extent[0]), floor / _ROUNDING - rests[term]
             num_chosen = _look_up(
-                *(chosen, scores, num_chosen, least, postings, times, unit, extent, (begin, end)),
-                *(weight, norms, norm_of, slots),
+                chosen, scores, num_chosen, least, postings, times, unit, extent, range_, weight, norms, norm_of, slots
             )
         kept, lowest = _keep_best(chosen, scores, num_chosen, bins, bins_per_score, lowest, top_k)
-        if found + kept > len(found_rows):
-            found_rows, found_scores, found = _make_room(found_rows, found_scores, found, floor)
+        found_rows, found_scores, found = _make_room(found_rows, found_scores, found, kept, floor)
         found_rows[found : found + kept], found_scores[found : found + kept] = first + chosen[:kept], scores[:kept]
         found += kept
         begins[:] = stops
