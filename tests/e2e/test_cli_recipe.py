@@ -60,6 +60,7 @@ def test_two_data_sets_of_one_name_are_refused_as_by_a_run(tmp_path: Path) -> No
         ("layers = 60", "layers is 60, but 'minilm' has 6"),
         ("layers = [0, 60]", "layers names layer 60"),
         ("max_passage_tokens = 100000", "reads at most 512 tokens"),
+        ('model = "smollm2"\n[[training.pretraining]]\nkind = "mirror"', "'smollm2' has no token for masked text"),
     ],
 )
 def test_what_the_backbone_cannot_do_is_refused(tmp_path: Path, setting: str, problem: str) -> None:

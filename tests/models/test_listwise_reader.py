@@ -87,6 +87,28 @@ def test_the_repetition_loss_is_that_of_each_texts_tokens_after_its_vector(reade
         assert float(reader.repetition_loss(texts, vectors, head)) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+def test_texts_are_read_after_their_vectors(reader):
+    """Against one row of vectors of tokens, put together by hand."""
+    (vectors,), texts = random_vectors(1, passages=3), ["the cat", "a dog runs far " * 40, "bread"]
+    tokenizer, embeddings = reader.backbone.tokenizer, reader.backbone.model.get_input_embeddings().weight
+
+    def tokens(text):
+        return embeddings[tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    with torch.no_grad():
+        passages = reader.projection(torch.from_numpy(vectors / np.sqrt((vectors**2).mean(axis=1, keepdims=True))))
+        read = [tokens("Query: the cat"), tokens("\nPassages:")]
+        for passage, text in zip(passages, texts, strict=True):
+            read += [passage[None], tokens(f" {text}")[:64]]
+        read += [tokens("\nBest first:"), passages[2:3]]
+        states = reader.backbone.model(inputs_embeds=torch.cat(read)[None]).last_hidden_state[0, -2:]
+        expected = 10 * torch.nn.functional.normalize(states, dim=-1) @ passages.T
+        logits = reader.step_logits(["the cat"], vectors[None], [[2, 0]], [texts])
+    np.testing.assert_allclose(logits[0], expected, atol=ROUNDING)
+    with pytest.raises(InputError, match="let it read fewer passages"):
+        reader.step_logits(["the cat"], random_vectors(1, passages=80), [[2, 0]], [["bread and salt " * 60] * 80])
+
+
 def test_padding_changes_no_logit(reader):
     vectors, orders = random_vectors(3), [[3, 1, 2], [0, 4, 5], [7, 6, 0]]
     with torch.no_grad():

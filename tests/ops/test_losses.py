@@ -780,6 +780,24 @@ def test_drawing_loss_by_hand() -> None:
     assert losses.drawing_loss(logits, torch.tensor([[1, 2]])).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_drawing_divergence_by_hand() -> None:
+    """Against numpy's softmax over what is left, in float64."""
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets, orders = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)), [[2, 0, 3], [1, 3, 0]]
+    expected = 0.0
+    for row, order in enumerate(orders):
+        for step in range(3):
+            left = [index for index in range(4) if index not in order[:step]]
+            p, q = (np.exp(one[row, step].detach().double().numpy()[left]) for one in (targets, logits))
+            p, q = p / p.sum(), q / q.sum()
+            expected += float((p * np.log(p / q)).sum()) / 2
+    loss = losses.drawing_divergence(logits, targets, torch.tensor(orders))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    loss.backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_the_last_passage_is_drawn_with_certainty() -> None:
     logits = torch.tensor([[[5.0, 5.0], [-3.0, 3.0]]], requires_grad=True)
     loss = losses.drawing_loss(logits, torch.tensor([[1, 0]]))

@@ -216,6 +216,10 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: st
         ({"training": {"epochs": 0}}, "training.epochs is 0, but must be at least 1"),
         ({"gate": {"alpha": float("nan")}}, "gate.alpha is nan (float), but must be a finite number"),
         ({"data": [{"path": "a", "task": "s"}]}, "data.0.task is 's' (str), but must be 'symmetric' or 'asymmetric'"),
+        (
+            {"data": [{"path": "a", "task": "symetric"}]},
+            "data.0.task is 'symetric' (str), but must be 'symmetric' or 'asymmetric'; did you mean 'symmetric'?",
+        ),
         ({"training": {"epochs": "3"}}, "training.epochs is '3' (str), but must be a whole number"),
         ({"training": {"epochs": True}}, "training.epochs is True (bool), but must be a whole number"),
         ({"training": {"remine": 1}}, "training.remine is 1 (int), but must be true or false"),

@@ -18,6 +18,7 @@ from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.models.student import Student
+from d2llm.ops.losses import drawing_divergence, drawing_loss
 from d2llm.recipe import BackboneConfig, Lora, LoraConfig, ReaderTuningConfig
 from d2llm.retrieval.index import Index
 from d2llm.training import tune_reader as module
@@ -243,6 +244,24 @@ def test_the_teachers_order_replaces_the_judgements(student, llama, tmp_path):
     with pytest.raises(InputError, match=r"only 1 train query with a relevant passage and 6 labelled ones in tiny"):
         tune(student, llama, tmp_path / "reader", labels=labels)
     assert tune(student, llama, tmp_path / "reader", labels=labels, batch_lists=1).num_lists == {"tiny": 1}
+
+
+def test_with_texts_the_model_learns_from_both_and_to_rank_vectors_alike(student, llama, tmp_path):
+    data, config = questions(), config_of(llama)
+    lists = collect_lists(student, data, {"train": ["q03"]}, task="asymmetric", config=config, folder=tmp_path)
+    read = ReadList(module.with_texts(lists["train"], data), 0, [5, 4, 3, 2, 1, 0])
+    assert read.texts == [data.passages[key].full_text for key in reversed(read.lists.ids[0])]
+    backbone = Backbone.load(BackboneConfig(model=str(llama), layers=1), device="cpu", dtype="float32")
+    reader = ListwiseReader(backbone, student.vector_dim, "s", steps=4).eval()
+    orders, alone = torch.tensor([read.target[:4]]), ([read.query], read.vectors[None], [read.target[:4]])
+    with torch.no_grad():
+        logits, by_texts = reader.step_logits(*alone), reader.step_logits(*alone, [read.texts])
+        assert float(module.loss_of(reader, [ReadList(lists["train"], *read[1:])])) == drawing_loss(logits, orders)
+        expected = drawing_loss(logits, orders) + drawing_loss(by_texts, orders)
+        expected += 0.2 * drawing_divergence(logits, by_texts, orders)
+        assert float(module.loss_of(reader, [read])) == pytest.approx(float(expected), rel=1e-6)
+    plain, with_texts = (tune(student, llama, tmp_path / f"{texts}", texts=texts) for texts in (False, True))
+    assert plain.fingerprint != with_texts.fingerprint
 
 
 def test_alignment_teaches_the_network_alone_to_repeat_texts(student, llama, root, tmp_path):

@@ -177,6 +177,9 @@ def tune_reader(
     alignment: Annotated[
         int, typer.Option(min=0, help="Passages that the model first learns to repeat from their vectors.")
     ] = 0,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="Learn from the passages' texts beside their vectors too: far slower.")
+    ] = False,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -207,13 +210,9 @@ def tune_reader(
     if lists[0] < 1:
         raise InputError("--lists begins with those for the network alone, of which there must be at least one")
     corpora = _corpora(data)
+    order = None if labels is None else str(labels)
     settings = ReaderTuningConfig(
-        model=model,
-        layers=layers,
-        depth=depth,
-        alignment=alignment,
-        lists=lists,
-        labels=None if labels is None else str(labels),
+        model=model, layers=layers, depth=depth, alignment=alignment, texts=texts, lists=lists, labels=order
     )
     loaded = Student.load(student, device=device, dtype=dtype)
     report = tune_reader(loaded, corpora, out, config=settings, task=task, seed=seed, device=device, dtype=dtype)

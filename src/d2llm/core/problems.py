@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from d2llm.core.inputs import shown
-from d2llm.core.names import suggestion
+from d2llm.core.names import did_you_mean, suggestion
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -136,7 +137,8 @@ def _describe(key: str, problems: list[ErrorDetails], owner: type[BaseModel] | N
     elif kind == "tuple_type" and name in fields and _section_in(fields[name].annotation):
         needed = f"be a list of tables: write [[{key}]]"
     if needed is not None:
-        return f"{key or 'it'} is {shown_for(problem)}, but must {needed}"
+        known = re.findall(r"'([^']*)'", needed) if kind == "literal_error" and isinstance(value, str) else []
+        return f"{key or 'it'} is {shown_for(problem)}, but must {needed}{did_you_mean(f'{value}', known)}"
     message = problem["msg"].removeprefix("Value error, ")
     got = "" if isinstance(value, dict) or not key else f" (got {value!r})"
     return (f"{key}: " if key else "") + message + got

@@ -26,6 +26,7 @@ Need = Literal[
     "live_teacher",
     "texts",
     "translations",
+    "mask_token",
     "another_backbone",
     "several_teachers",
     "writer",
@@ -33,8 +34,8 @@ Need = Literal[
     "gpu",
 ]
 """What a user must bring for a method: the data sets' own judgements, a teacher's labels, the teacher's features beside
-them, a teacher that is there (in training, or in a search), texts without labels, texts with translations, ..., a
-model behind an API, a GPU."""
+them, a teacher that is there (in training, or in a search), texts without labels, texts with translations, a model
+with a token for masked text, ..., a model behind an API, a GPU."""
 _PACKAGE = Path(__file__).parents[1]
 
 

@@ -40,7 +40,7 @@ READER_KIND, READER_FORMAT_VERSION = "reader", 1
 _FILE = "reader.safetensors"
 _RESTORE = "restore the reader's folder or tune it again"
 _QUERY_TOKENS = 64  # the rest of a longer query is not read
-_REPEATED_TOKENS = 64  # of a passage, in the alignment
+_TEXT_TOKENS = 64  # of a passage, in training alone
 _INITIAL_SCALE = 10.0
 
 
@@ -99,11 +99,16 @@ class ListwiseReader(nn.Module):
         queries: Sequence[str],
         vectors: Float32[np.ndarray, "lists passages dim"],
         orders: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[str]] | None = None,
     ) -> Float[Tensor, "lists steps passages"]:
-        """Logits of each step, after the passages before it in the given orders [lists, steps] were read."""
+        """Logits of each step, after the passages before it in the given orders [lists, steps] were read.
+
+        With ``texts``, the first tokens of each passage's text are read after its vector.
+        """
         queries = texts_of(queries, "queries")
         passages = self._project(vectors)
-        starts = [self._start(query, tokens) for query, tokens in zip(queries, passages, strict=True)]
+        listed = [()] * len(queries) if texts is None else texts
+        starts = [self._start(*read) for read in zip(queries, passages, listed, strict=True)]
         rows = [
             torch.cat([start, tokens[[*order[:-1]]]])
             for start, tokens, order in zip(starts, passages, orders, strict=True)
@@ -127,7 +132,7 @@ class ListwiseReader(nn.Module):
         """
         texts = texts_of(texts, "texts")
         before, after = map(self._ids, ("Passage:", " means the same as:"))
-        ids = [self._ids(f" {text}")[:_REPEATED_TOKENS] for text in texts]
+        ids = [self._text_ids(text) for text in texts]
         passages = self._project(vectors)[:, None]
         rows = [
             torch.cat([self._tokens(before), passage, self._tokens([*after, *repeated])])
@@ -283,9 +288,16 @@ class ListwiseReader(nn.Module):
     def _ids(self, text: str) -> list[int]:
         return cast("list[int]", self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _start(self, query: str, passages: Tensor) -> Tensor:
+    def _text_ids(self, text: str) -> list[int]:
+        return self._ids(f" {text}")[:_TEXT_TOKENS]
+
+    def _start(self, query: str, passages: Tensor, texts: Sequence[str] = ()) -> Tensor:
         """What is read before the first step [tokens, dim]; the passages' own vectors [n, dim] are in it."""
         before, after = map(self._tokens, self._prompt(query))
+        if texts:
+            read = zip(passages.split(1), (self._tokens(self._text_ids(text)) for text in texts), strict=True)
+            passages = torch.cat([piece for pieces in read for piece in pieces])
+            self._require_room(len(before) + len(passages) + len(after) + self.steps - 1)
         return torch.cat([before, passages, after])
 
     def _tokens(self, ids: Sequence[int]) -> Tensor:

@@ -234,12 +234,35 @@ def drawing_loss(
     are those of PE-Rank (Liu et al. 2024, arXiv 2406.14848).
     """
     steps = orders.shape[1]
-    is_drawn = functional.one_hot(orders, logits.shape[-1]).cumsum(dim=1)
-    before = torch.cat([torch.zeros_like(is_drawn[:, :1]), is_drawn[:, :-1]], dim=1) > 0
-    log_probabilities = logits.masked_fill(before, -torch.inf).log_softmax(dim=-1)
+    log_probabilities = logits.masked_fill(_drawn_before(logits, orders), -torch.inf).log_softmax(dim=-1)
     losses = -log_probabilities.gather(2, orders[:, :, None])[:, :, 0]
     weights = 1 / torch.arange(1, steps + 1, device=logits.device)
     return (losses @ (weights / weights.sum())).mean()
+
+
+def drawing_divergence(
+    logits: Float[Tensor, "lists steps passages"],
+    target_logits: Float[Tensor, "lists steps passages"],
+    orders: Int[Tensor, "lists steps"],
+) -> Float[Tensor, ""]:
+    """How far each step's draw is from that of other logits: the mean over lists of a sum over steps.
+
+    L = mean_i sum_r KL( p_ir || q_ir ),  p = softmax(t), q = softmax(z) over what was not drawn before r
+
+    With the logits t of a reader that reads the passages' texts too, the third loss of PE-Rank's published code (Liu et
+    al. 2024, arXiv 2406.14848); the gradient goes to both.
+    """
+    before = _drawn_before(logits, orders)
+    predicted, target = (
+        one.masked_fill(before, torch.finfo(one.dtype).min).log_softmax(dim=-1) for one in (logits, target_logits)
+    )
+    return functional.kl_div(predicted, target, reduction="batchmean", log_target=True)
+
+
+def _drawn_before(logits: Tensor, orders: Tensor) -> Tensor:
+    """[lists, steps, passages]: whether a passage is drawn in an earlier step."""
+    is_drawn = functional.one_hot(orders, logits.shape[-1]).cumsum(dim=1)
+    return torch.cat([torch.zeros_like(is_drawn[:, :1]), is_drawn[:, :-1]], dim=1) > 0
 
 
 def zero_outside(mask: Tensor, *values: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
+from d2llm.core.errors import InputError
 from d2llm.core.registry import Registry, modules_in
 from d2llm.core.types import ScoreFeature
 from d2llm.recipe.sections import InputPath, LoraConfig, Quantization, Section, SectionOfKind, StudentName, WarmUpConfig
@@ -100,6 +101,19 @@ class Pretraining(SectionOfKind, WarmUpConfig):
     def rate_for(self, tuning: str) -> float:
         """``learning_rate``, or its default for what is trained."""
         return self.learning_rate or (1e-4 if tuning == "full" else 1e-3)
+
+    @property
+    def masks(self) -> bool:
+        """Whether it masks tokens of texts."""
+        return "mask_token" in self.needs
+
+    def require_mask(self, model: str, tokenizer: Any) -> None:
+        """Raise an ``InputError`` if texts are masked, and the model's tokenizer has no token for that."""
+        if self.masks and tokenizer.mask_token_id is None:
+            raise InputError(
+                f"'{model}' has no token for masked text, which the pretraining {self.kind} needs: use an encoder such "
+                "as minilm, or another kind, such as simcse"
+            )
 
     def check(self, recipe: Recipe) -> None:
         """Check that the rest of the recipe fits; raises a ``ValueError`` that says what to change."""
@@ -415,6 +429,9 @@ class ReaderTuningConfig(Section):
     """How many of them are drawn, and no more than there are: nDCG@10 counts ten."""
     alignment: int = Field(default=0, ge=0)
     """Passages from whose vector the model is to repeat the text, before it ranks: the network alone learns it."""
+    texts: bool = False
+    """Learn the order a second time with the passages' texts beside their vectors, and to rank by the vectors as by
+    both: some 30 times as slow. A search never reads texts."""
     lists: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] = (2_000, 4_000)
     """Lists to read in the two stages: for the network alone, then with LoRA. Queries come again if there are fewer."""
     labels: InputPath | None = None

@@ -190,6 +190,7 @@ class _Pretraining(Trainable):
         self.backbone, self.config, self.seed = student.backbone, config, seed
         self.pooling = student.pooling
         _check_backbone(self.backbone)
+        config.require_mask(self.backbone.config.model, self.backbone.tokenizer)
         self.task = config.task(self.backbone, seed)
         # The same text twice would have to be told from itself.
         self.texts = [[*ids] for ids in dict.fromkeys(map(tuple, self.task.tokenize(passages, queries)))]

@@ -40,18 +40,25 @@ def absent_inputs(recipe: Recipe) -> tuple[list[str], list[str]]:
 
 
 def check_backbone(recipe: Recipe) -> None:
-    """Raise an ``InputError`` if the backbone is on this machine, and has fewer layers or reads fewer tokens."""
-    from transformers import AutoConfig
+    """Raise an ``InputError`` if the backbone is on this machine, and has fewer layers or reads fewer tokens, or has no
+    token for masked text, which pretraining needs.
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
-    backbone = recipe.student.backbone
+    backbone, masking = recipe.student.backbone, [one for one in recipe.training.pretraining if one.masks]
+    tokenizer: Any = None
     try:
         config: Any = AutoConfig.from_pretrained(locate_model(backbone.model), local_files_only=True)
+        if masking:
+            tokenizer = AutoTokenizer.from_pretrained(locate_model(backbone.model), local_files_only=True)
     except (D2LLMError, OSError, ValueError):  # it is not here, or no model of transformers
         return
     if backbone.layers is not None:
         check_layers(backbone.layers, getattr(config, "num_hidden_layers", 0), name=backbone.model)
     limits = {"max_query_tokens": backbone.max_query_tokens, "max_passage_tokens": backbone.max_passage_tokens}
     check_limits(config, backbone.model, limits)
+    for stage in masking:
+        stage.require_mask(backbone.model, tokenizer)
 
 
 def _named(recipe: Recipe) -> Iterator[tuple[str, str, _Find]]:

@@ -96,8 +96,10 @@ class Run(OpenRun):
         """
         from d2llm.models.teachers.pair_teacher import asks_endpoint
         from d2llm.runners.placement import find_runner
+        from d2llm.training.recipe_inputs import check_backbone
 
         runner = find_runner(runner)
+        check_backbone(self.recipe)
         order: tuple[str, ...] = get_args(RunStep)
         repeated: tuple[str, ...] = order[order.index(again) :] if again else ()
         results: dict[str, Any] = {}

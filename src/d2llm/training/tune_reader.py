@@ -4,8 +4,8 @@ The lists to learn from are the first passages of train queries in the student's
 passages with the higher judgement first, or that a teacher finds better, then those with the student's higher score;
 half of the lists are read in the student's order, half in random order. First the network between the vectors and the
 model is trained alone: to let the model repeat passages from their vectors, if the settings say so, then on lists.
-Then it is trained with LoRA (``models.listwise_reader`` has the source). The paper also lets the model learn from its
-ranking of the texts; that is not done here.
+Then it is trained with LoRA (``models.listwise_reader`` has the source). With ``texts`` the model also learns to rank
+passages that it reads as vectors and texts, and to rank vectors alone as these, as in the paper.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from d2llm.models.device import use_plain_attention_on_cpu
 from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadOrder
 from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
-from d2llm.ops.losses import drawing_loss
+from d2llm.ops.losses import drawing_divergence, drawing_loss
 from d2llm.ops.measures import per_query_measures
 from d2llm.recipe import BackboneConfig, Lora, ReaderTuningConfig
 from d2llm.retrieval.index import Index
@@ -55,6 +55,7 @@ _WEIGHT_DECAY = 0.01
 _MEASURED_AT_ONCE = 64
 _MIXED_ORDERS = 5  # random orders of each list that are measured
 _ARRAYS = ("vectors", "scores", "grades")  # of the lists, in their file
+_TEXT_DIVERGENCE = 0.2  # the paper's weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,12 @@ class ReadList(NamedTuple):
         return self.lists.vectors[self.row, self.order]
 
     @property
+    def texts(self) -> list[str] | None:
+        """The passages' texts, as they are read; None if a reader is not to learn from them."""
+        texts, ids = self.lists.texts, self.lists.ids[self.row]
+        return [texts[ids[index]] for index in self.order] if texts else None
+
+    @property
     def target(self) -> list[int]:
         """The order to learn: higher grades first, then those that the student ranks higher."""
         grades = self.lists.grades[self.row, self.order].tolist()
@@ -165,7 +172,10 @@ def tune_reader(
         dataset.name: collect_lists(student, dataset, chosen[dataset.name], task=task, config=config, folder=run_folder)
         for dataset in datasets
     }
-    train = [splits["train"] for splits in lists.values()]
+    train = [
+        with_texts(lists[dataset.name]["train"], dataset) if config.texts else lists[dataset.name]["train"]
+        for dataset in datasets
+    ]
     settings = _settings(reader, train, config, seed)
     repeated = passages_to_repeat(student, datasets, config.alignment, seed)
     stages = train_reader(reader, train, config, run_folder, settings, seed=seed, repeated=repeated)
@@ -191,6 +201,11 @@ def tune_reader(
         "data": [dataset.name for dataset in datasets],
     }
     return save_tuned(report, partial(reader.save, folder), content, stages)
+
+
+def with_texts(lists: RankedLists, dataset: Dataset) -> RankedLists:
+    """The lists with the texts of their passages."""
+    return replace(lists, texts={key: dataset.passages[key].full_text for ids in lists.ids for key in ids})
 
 
 class Repeated(NamedTuple):
@@ -334,12 +349,17 @@ def _repetition(reader: ListwiseReader, head: Callable[[Tensor], Tensor], batch:
 
 
 def loss_of(reader: ListwiseReader, batch: Sequence[ReadList]) -> Tensor:
-    """The mean loss of drawing the lists' passages in the order to learn."""
+    """The mean loss of drawing the lists' passages in the order to learn; with texts, PE-Rank's three losses."""
     orders = [example.target[: reader.steps] for example in batch]
-    logits = reader.step_logits(
-        [example.query for example in batch], np.stack([example.vectors for example in batch]), orders
-    )
-    return drawing_loss(logits, torch.tensor(orders, device=logits.device))
+    queries, vectors = [example.query for example in batch], np.stack([example.vectors for example in batch])
+    logits = reader.step_logits(queries, vectors, orders)
+    drawn = torch.tensor(orders, device=logits.device)
+    loss = drawing_loss(logits, drawn)
+    texts = [example.texts for example in batch]
+    if None in texts:
+        return loss
+    by_texts = reader.step_logits(queries, vectors, orders, cast("list[list[str]]", texts))
+    return loss + drawing_loss(by_texts, drawn) + _TEXT_DIVERGENCE * drawing_divergence(logits, by_texts, drawn)
 
 
 def _choose(
@@ -394,6 +414,7 @@ class RankedLists:
         scores: the student's scores, float64 [n, depth].
         grades: their judgements, int64 [n, depth]; 0 if there is none. Of lists that a teacher has labelled, how many
             of the list it does not find better.
+        texts: the passages' texts by id, where a reader is to learn from them.
     """
 
     query_ids: list[str]
@@ -402,6 +423,7 @@ class RankedLists:
     vectors: NDArray[np.float32]
     scores: NDArray[np.float64]
     grades: NDArray[np.int64]
+    texts: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __len__(self) -> int:
         return len(self.queries)

@@ -25,7 +25,8 @@ class Condenser(Pretraining, kind="condenser"):
     """
 
     paper = "Gao and Callan, EMNLP 2021, arXiv 2104.08253 (Condenser)"
-    costs = "every text read once, with gradient; logits of the vocabulary for masked tokens; an encoder with a mask"
+    needs = frozenset({"texts", "mask_token"})
+    costs = "every text read once, with gradient; logits of the vocabulary for masked tokens; an encoder"
     measured = (
         "minilm before distillation: squad-sent .795 to .808, banking77 .635 to .580 "
         "([one seed](log/2026-11.md#2026-11-30-learned-words-splade-dsr-spar-and-condenser))"
@@ -37,17 +38,16 @@ class Condenser(Pretraining, kind="condenser"):
     """Layers that read the vector and the earlier states."""
 
     def task(self, backbone: Backbone, seed: int) -> PretrainingTask:
-        """What is learnt; an ``InputError`` for a model without a mask, or with one layer."""
+        """What is learnt; an ``InputError`` for a model with one layer."""
         self.require(backbone)
         return Condensation(backbone, self, seed)
 
     def require(self, backbone: Backbone) -> None:
-        """Refuse a model without a mask, or with one layer."""
-        if backbone.tokenizer.mask_token_id is None or backbone.num_layers < 2:
+        """Refuse a model with one layer."""
+        if backbone.num_layers < 2:
             raise InputError(
-                f"'{backbone.config.model}' has no token for masked text or a single layer, but the pretraining "
-                f"{self.kind} masks tokens and reads them after half of the layers: use an encoder such as minilm, or "
-                "another kind, such as words"
+                f"'{backbone.config.model}' has a single layer, but the pretraining {self.kind} reads tokens after "
+                "half of the layers: use an encoder such as minilm, or another kind, such as retromae"
             )
 
 

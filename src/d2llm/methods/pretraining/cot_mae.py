@@ -24,7 +24,8 @@ class CoTMAE(Pretraining, kind="cot_mae"):
     """
 
     paper = "Wu et al., AAAI 2023, arXiv 2208.07670 (CoT-MAE)"
-    costs = "every text read once, with gradient; logits of the vocabulary for masked tokens; an encoder with a mask"
+    needs = frozenset({"texts", "mask_token"})
+    costs = "every text read once, with gradient; logits of the vocabulary for masked tokens; an encoder"
     measured = (
         "minilm before distillation: squad-sent .795 to .772, banking77 .635 to .540 "
         "([one seed](log/2026-11.md#2026-11-30-halves-of-texts-before-distillation-cocondenser-and-cot-mae))"
@@ -38,11 +39,11 @@ class CoTMAE(Pretraining, kind="cot_mae"):
     """Layers that read the vector and the tokens of the other half."""
 
     def task(self, backbone: Backbone, seed: int) -> _ContextReconstruction:
-        """What is learnt; an ``InputError`` for a model without a mask."""
-        if backbone.tokenizer.mask_token_id is None or not hasattr(backbone.model, "embeddings"):
+        """What is learnt; an ``InputError`` for a model without a layer of embeddings."""
+        if not hasattr(backbone.model, "embeddings"):
             raise InputError(
-                f"'{backbone.config.model}' has no token for masked text or no layer of embeddings, which the "
-                "pretraining cot_mae needs: use an encoder such as minilm, or another kind, such as words"
+                f"'{backbone.config.model}' has no layer of embeddings, which the pretraining cot_mae needs: use an "
+                "encoder such as minilm, or another kind, such as words"
             )
         return _ContextReconstruction(backbone, self, seed, self.encoder_masked)
 

@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2llm.core.errors import InputError
 from d2llm.methods.pretraining.cocondenser import contrast_of_spans, text_span
 from d2llm.methods.pretraining.condenser import CondenserHead
 from d2llm.methods.pretraining.retromae import TwiceMasked, sample
@@ -26,9 +25,8 @@ class DeCLUTR(Pretraining, kind="declutr"):
     """
 
     paper = "Giorgi et al., ACL 2021, arXiv 2006.03659 (DeCLUTR)"
-    costs = (
-        "spans of every text read, with gradient; logits of the vocabulary for masked tokens; an encoder with a mask"
-    )
+    needs = frozenset({"texts", "mask_token"})
+    costs = "spans of every text read, with gradient; logits of the vocabulary for masked tokens; an encoder"
     measured = (
         "minilm before distillation, of single sentences: squad-sent .795 to .811, banking77 .635 to .509 "
         "([one seed](log/2026-11.md#2026-11-30-spans-of-a-text-before-distillation-declutr))"
@@ -46,12 +44,7 @@ class DeCLUTR(Pretraining, kind="declutr"):
     temperature: float = Field(default=0.05, gt=0)
 
     def task(self, backbone: Backbone, seed: int) -> _NearSpans:
-        """What is learnt; an ``InputError`` for a model without a mask."""
-        if backbone.tokenizer.mask_token_id is None:
-            raise InputError(
-                f"'{backbone.config.model}' has no token for masked text, which the pretraining declutr needs: use an "
-                "encoder such as minilm, or another kind, such as simcse"
-            )
+        """What is learnt."""
         return _NearSpans(backbone, self, seed, self.masked_fraction)
 
 

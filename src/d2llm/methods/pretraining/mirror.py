@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from d2llm.core.errors import InputError
 from d2llm.methods.pretraining.simcse import TwoReadings
 from d2llm.models.backbone import Backbone
 from d2llm.recipe.training import Pretraining
@@ -19,7 +18,8 @@ class Mirror(Pretraining, kind="mirror"):
     """As ``simcse``, with a span of the tokens masked the second time (Mirror-BERT)."""
 
     paper = "Liu et al. 2021, arXiv 2104.08027 (Mirror-BERT)"
-    costs = "every text read twice, with gradient; a tokenizer with a mask"
+    needs = frozenset({"texts", "mask_token"})
+    costs = "every text read twice, with gradient"
     measured = (
         "minilm before distillation: squad-sent .795 to .815, banking77 .635 to .399 ([one "
         "seed](log/2026-11.md#2026-11-24-a-backbone-trained-on-texts-without-labels-before-distillation))"
@@ -31,12 +31,7 @@ class Mirror(Pretraining, kind="mirror"):
     temperature: float = Field(default=0.05, gt=0)
 
     def task(self, backbone: Backbone, seed: int) -> PretrainingTask:
-        """What is learnt; an ``InputError`` for a model without a mask."""
-        if backbone.tokenizer.mask_token_id is None:
-            raise InputError(
-                f"'{backbone.config.model}' has no token for masked text, which the pretraining mirror needs; use "
-                "simcse"
-            )
+        """What is learnt."""
         return _MaskedReading(backbone, self, seed)
 
 

@@ -24,7 +24,8 @@ class RetroMAE(Pretraining, kind="retromae"):
     """
 
     paper = "Xiao et al., EMNLP 2022, arXiv 2205.12035 (RetroMAE)"
-    costs = "every text read once, with gradient; logits of the vocabulary for each token; an encoder with a mask"
+    needs = frozenset({"texts", "mask_token"})
+    costs = "every text read once, with gradient; logits of the vocabulary for each token; an encoder"
     measured = (
         "minilm before distillation: squad-sent level at .795, banking77 .635 to .597 "
         "([one seed](log/2026-11.md#2026-11-30-more-methods-measured-and-retromae-and-bebr))"
@@ -38,10 +39,10 @@ class RetroMAE(Pretraining, kind="retromae"):
     def task(self, backbone: Backbone, seed: int) -> PretrainingTask:
         """What is learnt; an ``InputError`` for a model without a mask, or without vectors of positions."""
         embeddings: Any = getattr(backbone.model, "embeddings", None)
-        if backbone.tokenizer.mask_token_id is None or not hasattr(embeddings, "position_embeddings"):
+        if not hasattr(embeddings, "position_embeddings"):
             raise InputError(
-                f"'{backbone.config.model}' has no token for masked text or no vectors of positions, which the "
-                "pretraining retromae needs: use an encoder such as minilm, or another kind, such as words"
+                f"'{backbone.config.model}' has no vectors of positions, which the pretraining retromae needs: use an "
+                "encoder such as minilm, or another kind, such as words"
             )
         return _Reconstruction(backbone, self, seed, self.encoder_masked)
 
