@@ -155,6 +155,8 @@ class TrainingSource:
     """Queries of the plan, the ones to label first; by default all of them in a random order."""
     pairs: PairDataset | None = None
     """The labelled pairs that ``dataset`` was built from, if it is not a retrieval set."""
+    instruction: str | None = None
+    """What the student reads before each query, in place of its prefix."""
 
     def __post_init__(self) -> None:
         for entry in self.plan.entries:

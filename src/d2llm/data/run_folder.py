@@ -109,8 +109,9 @@ def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
     """A data set of a recipe, in any layout, with its plan; ``MismatchError`` if the plan is that of another one."""
     dataset = open_data(data.path)
     if isinstance(dataset, Dataset):
-        return TrainingSource(dataset, plan, data.task, data.max_labelled)
-    return TrainingSource(read_pair_training_set(dataset).dataset, plan, data.task, data.max_labelled, pairs=dataset)
+        return TrainingSource(dataset, plan, data.task, data.max_labelled, instruction=data.instruction)
+    listed = read_pair_training_set(dataset).dataset
+    return TrainingSource(listed, plan, data.task, data.max_labelled, pairs=dataset, instruction=data.instruction)
 
 
 def working_folder(result: Path) -> Path:

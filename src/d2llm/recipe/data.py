@@ -23,6 +23,9 @@ class DataConfig(Section):
     about: str = ""
     """What the data set contains, its licence and where to get it, for users who do not have it."""
     task: Task = "asymmetric"
+    instruction: str | None = None
+    """A text that the student reads before each query of this set, in place of ``student.backbone.query_prefix``, in
+    training and on dev; it counts in ``max_query_tokens``. Give a search the same ``instruction`` (E5-instruct)."""
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries."""
     max_labelled: int | None = Field(default=None, ge=1)

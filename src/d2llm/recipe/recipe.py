@@ -78,6 +78,11 @@ class Recipe(Section):
                 f"score_features.maxsim needs the states of tokens, and a {self.student.backbone.kind} backbone gives "
                 "one vector for each text: set maxsim to false (bm25 and window_vectors can be used)"
             )
+        if self.score_features.in_training and any(one.instruction is not None for one in self.data):
+            raise ValueError(
+                "data.instruction has tokens that a search compares with none, but score_features.in_training compares "
+                "all: delete one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -276,8 +281,10 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     )
     values["losses"] = recipe.losses.shaping()
     values["student"] = shaping_student_settings(values["student"])
-    data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
-    values["data"] = data
+    values["data"] = {
+        Path(item.path).name: item.model_dump(mode="json", include={"task", "max_labelled", "instruction"})
+        for item in recipe.data
+    }
     if recipe.training.remine:
         values["mining"] = recipe.mining.model_dump(mode="json")
     if recipe.score_features.in_training:

@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,6 +106,7 @@ class DevSet:
         gold: the true labels of the pairs.
         word_scores: query_id -> what words add to the scores of its candidates; empty if they add nothing.
         token_weight: the weight of the token embeddings in the scores; 0 if they do not count.
+        instruction: what the student reads before each query, in place of its prefix.
     """
 
     name: str
@@ -117,6 +119,7 @@ class DevSet:
     gold: Gold | None = None
     word_scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
     token_weight: float = 0.0
+    instruction: str | None = None
 
     def with_score_features(self, score_words: ScorePassages | None, token_weight: float) -> DevSet:
         """The same set, whose scores count words, if they are given, and token embeddings with this weight."""
@@ -283,7 +286,8 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
         DataFormatError: the classes of the dev pairs cannot be measured.
     """
     if source.pairs is not None:
-        return make_dev_pairs(source.pairs, source.task, num_pairs=PAIRS_PER_QUERY * num_queries, seed=seed)
+        pairs = make_dev_pairs(source.pairs, source.task, num_pairs=PAIRS_PER_QUERY * num_queries, seed=seed)
+        return replace(pairs, instruction=source.instruction)
     dataset = source.dataset
     queries = dev_queries(dataset, num_queries=num_queries, seed=seed)
     positives = dataset.positives("dev")
@@ -301,7 +305,8 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     candidates = {query.id: passage_ids for query in queries}
     for query_id in own_passages.by_query.keys() & candidates.keys():
         candidates[query_id] = [passage_id for passage_id in passage_ids if passage_id not in own_passages.of(query_id)]
-    return _dev_set(dataset, source.task, queries, candidates, passage_ids)
+    dev = _dev_set(dataset, source.task, queries, candidates, passage_ids)
+    return replace(dev, instruction=source.instruction)
 
 
 def evaluate_dev(
@@ -381,20 +386,35 @@ def encode_dev(student: Student, dev: DevSet, *, advance: Advance = ignore, proc
         return EncodedDev(dev, queries.vectors, passages.vectors, rows, best)
     return EncodedDev(
         dev,
-        encode_together(student, [*dev.queries.values()], "query", advance=advance, processes=processes),
+        encode_together(
+            student,
+            [*dev.queries.values()],
+            "query",
+            instruction=dev.instruction,
+            advance=advance,
+            processes=processes,
+        ),
         encode_together(student, [*dev.passages.values()], "passage", advance=advance, processes=processes),
         rows,
     )
 
 
 def encode_together(
-    student: Student, texts: Sequence[str], kind: TextKind, *, advance: Advance = ignore, processes: Processes = ALONE
+    student: Student,
+    texts: Sequence[str],
+    kind: TextKind,
+    *,
+    instruction: str | None = None,
+    advance: Advance = ignore,
+    processes: Processes = ALONE,
 ) -> Float32[np.ndarray, "texts dim"]:
-    """Vectors of texts; each process encodes some of them.
+    """Vectors of texts, of queries with an instruction; each process encodes some of them.
 
     ``advance`` is called with the number of texts finished, as if the other processes were as fast as this one.
     """
     encode = student.encode_queries if kind == "query" else student.encode_passages
+    if instruction is not None:
+        encode = partial(student.encode_queries, instruction=instruction)
     if processes.count == 1:
         return encode(texts, advance=advance).vectors
 

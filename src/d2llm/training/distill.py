@@ -255,7 +255,8 @@ def _clustered(
     clusters: list[dict[str, int]] = []
     for source in labelled if processes.is_first else ():
         ids = [entry.query_id for entry in source.entries]
-        queries = student.encode_queries(list(map(source.source.query_text, ids))).vectors
+        texts, instruction = [*map(source.source.query_text, ids)], source.source.instruction
+        queries = student.encode_queries(texts, instruction=instruction).vectors
         positives = [source.source.passage_text((*entry.positives, *entry.passage_ids)[0]) for entry in source.entries]
         vectors = np.hstack([queries, student.encode_passages(positives).vectors])
         num_clusters = batches_per_epoch([source], recipe.training.batch_queries)

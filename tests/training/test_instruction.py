@@ -1,0 +1,48 @@
+"""An instruction before the queries of one data set is what a prefix of the backbone is for all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import RecipeError
+from d2llm.data.plan import TrainingPlan
+from d2llm.data.run_folder import training_source
+from d2llm.recipe import DataConfig
+from d2llm.recipe.recipe_file import parse_recipe, shaping_settings
+from tiny_distill import Workspace, log_of
+from tiny_models import tiny_student_config
+
+INSTRUCTION = "which text answers: "
+
+
+def test_a_set_with_an_instruction_is_trained_and_measured_as_with_a_prefix(tmp_path: Path) -> None:
+    workspace, settings = Workspace(tmp_path), {"epochs": 1, "clustered": True, "residual": {"epochs": 1}}
+    plain = tiny_student_config(workspace.model)
+    backbone = plain.backbone.model_copy(update={"query_prefix": INSTRUCTION})
+    told = replace(workspace.source, instruction=INSTRUCTION)
+    by_prefix = workspace.run(tmp_path / "prefix", student=plain.model_copy(update={"backbone": backbone}), **settings)
+    by_instruction = workspace.run(tmp_path / "instruction", student=plain, source=told, **settings)
+    without = workspace.run(tmp_path / "without", student=plain, **settings)
+    assert by_instruction.dev == by_prefix.dev
+    losses, same, others = (
+        [line.get("loss") for line in log_of(tmp_path / name)] for name in ("instruction", "prefix", "without")
+    )
+    assert losses == same != others
+    assert without.fingerprint != by_instruction.fingerprint
+
+
+def test_a_recipe_gives_it_to_its_data_set(tmp_path: Path) -> None:
+    (tmp_path / "faq" / "qrels").mkdir(parents=True)
+    (tmp_path / "faq" / "corpus.jsonl").write_text('{"_id": "p", "text": "Cows drink water."}\n')
+    (tmp_path / "faq" / "queries.jsonl").write_text('{"_id": "q", "text": "what do cows drink?"}\n')
+    (tmp_path / "faq" / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\tp\t1\n")
+    data = DataConfig(path=str(tmp_path / "faq"), instruction=INSTRUCTION)
+    assert training_source(data, TrainingPlan((), {"dataset": "faq"})).instruction == INSTRUCTION
+    recipe = {"data": [{"path": "faq", "instruction": INSTRUCTION}, {"path": "other"}]}
+    shaping = shaping_settings(parse_recipe(recipe))["data"]
+    assert (shaping["faq"]["instruction"], "instruction" in shaping["other"]) == (INSTRUCTION, False)
+    with pytest.raises(RecipeError, match=r"in_training compares all: delete one of them"):
+        parse_recipe(recipe | {"score_features": {"maxsim": True, "in_training": True}})
