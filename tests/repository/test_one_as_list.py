@@ -74,6 +74,7 @@ OTHERS = {
     "Index.upsert_documents.readers": "workers, not a list",
     "ListwiseReader.rank.vectors": "arrays",
     "ListwiseReader.step_logits.orders": "rows of numbers",
+    "ListwiseReader.step_logits.texts": "rows of texts",
     "Student.encode_token_rows.ids": "rows of numbers",
     "Student.encode_token_rows.starts": "numbers",
     "Student.encode_tokens.ids": "rows of numbers",

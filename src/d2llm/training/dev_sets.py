@@ -267,9 +267,6 @@ def _dev_set(
     )
 
 
-# Dev sets for training -----------------------------------------------------------------------------------------------
-
-
 def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int, seed: int) -> DevSet:
     """Sample dev queries; their corpus is their positives, BM25's first ten for each query, and random passages.
 
@@ -384,19 +381,9 @@ def encode_dev(student: Student, dev: DevSet, *, advance: Advance = ignore, proc
             for tokens, candidates in zip(queries.tokens.split(), rows, strict=True)
         ]
         return EncodedDev(dev, queries.vectors, passages.vectors, rows, best)
-    return EncodedDev(
-        dev,
-        encode_together(
-            student,
-            [*dev.queries.values()],
-            "query",
-            instruction=dev.instruction,
-            advance=advance,
-            processes=processes,
-        ),
-        encode_together(student, [*dev.passages.values()], "passage", advance=advance, processes=processes),
-        rows,
-    )
+    encode = partial(encode_together, student, advance=advance, processes=processes)
+    vectors = encode([*dev.queries.values()], "query", instruction=dev.instruction)
+    return EncodedDev(dev, vectors, encode([*dev.passages.values()], "passage"), rows)
 
 
 def encode_together(
@@ -412,9 +399,10 @@ def encode_together(
 
     ``advance`` is called with the number of texts finished, as if the other processes were as fast as this one.
     """
-    encode = student.encode_queries if kind == "query" else student.encode_passages
-    if instruction is not None:
-        encode = partial(student.encode_queries, instruction=instruction)
+    queries = (
+        student.encode_queries if instruction is None else partial(student.encode_queries, instruction=instruction)
+    )
+    encode = queries if kind == "query" else student.encode_passages
     if processes.count == 1:
         return encode(texts, advance=advance).vectors
 
@@ -484,9 +472,6 @@ def _dot(
     dot_query = torch.from_numpy(student.query_vectors(query[None], task))
     blocks = torch.from_numpy(passages).split(SCORE_BLOCK)
     return torch.cat([(dot_query @ block.T)[0] for block in blocks]).numpy()
-
-
-# Dev sets for teachers ------------------------------------------------------------------------------------------------
 
 
 def make_teacher_dev_set(

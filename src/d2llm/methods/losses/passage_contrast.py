@@ -22,7 +22,8 @@ class PassageContrast(Loss, kind="passage_contrast"):
     needs = frozenset({"judgements"})
     measured = (
         "against judgements alone +.003 (.738 and .735; wikiqa +.005, banking77 +.001; [one "
-        "seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone)"
+        "seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone); static vectors +.001 "
+        "([three seeds](log/2026-11.md#2026-11-30-three-seeds-of-what-looked-best-and-methods-without-a-figure))"
     )
     of_vectors: ClassVar[bool] = True
     of_products: ClassVar[bool] = True

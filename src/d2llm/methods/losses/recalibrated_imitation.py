@@ -19,7 +19,9 @@ class RecalibratedImitation(Loss, kind="recalibrated_imitation"):
     needs = frozenset({"labels"})
     measured = (
         "against judgements alone +.003 (.738 and .735; wikiqa +.003, banking77 +.002), as list imitation "
-        "([one seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone)"
+        "([one seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone); static vectors "
+        "+.003, list imitation +.004 ([three seeds](log/2026-11.md#2026-11-30-three-seeds-of-what-looked-best-and-"
+        "methods-without-a-figure))"
     )
 
     threshold: float = Field(default=0.5, ge=0, le=1)
