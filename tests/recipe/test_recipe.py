@@ -201,7 +201,7 @@ def test_recipes_are_immutable():
             {"data": [{"path": "a", "zzz": 3}]},
             (
                 "r.toml: unknown key 'data.0.zzz'; "
-                "known keys here: about, exclude_shared_passages, max_labelled, max_queries, path, task"
+                "known keys here: about, exclude_shared_passages, instruction, max_labelled, max_queries, path, task"
             ),
         ),
     ],

@@ -11,7 +11,7 @@ from d2llm.core.errors import RecipeError
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.run_folder import training_source
 from d2llm.recipe import DataConfig
-from d2llm.recipe.recipe_file import parse_recipe, shaping_settings
+from d2llm.recipe.recipe import parse_recipe, shaping_settings
 from tiny_distill import Workspace, log_of
 from tiny_models import tiny_student_config
 
@@ -43,6 +43,6 @@ def test_a_recipe_gives_it_to_its_data_set(tmp_path: Path) -> None:
     assert training_source(data, TrainingPlan((), {"dataset": "faq"})).instruction == INSTRUCTION
     recipe = {"data": [{"path": "faq", "instruction": INSTRUCTION}, {"path": "other"}]}
     shaping = shaping_settings(parse_recipe(recipe))["data"]
-    assert (shaping["faq"]["instruction"], "instruction" in shaping["other"]) == (INSTRUCTION, False)
+    assert (shaping["faq"]["instruction"], shaping["other"]["instruction"]) == (INSTRUCTION, None)
     with pytest.raises(RecipeError, match=r"in_training compares all: delete one of them"):
         parse_recipe(recipe | {"score_features": {"maxsim": True, "in_training": True}})
