@@ -66,7 +66,7 @@ class Client:
 
     def step(self, chance: random.Random) -> None:
         actions = [self.write, self.delete, self.search_own, self.get, self.unchanged]
-        chance.choices(actions, [2, 1, 8, 2, 17])[0](chance)
+        chance.choices(actions, [2, 1, 16, 4, 37])[0](chance)
 
     def write(self, chance: random.Random) -> None:
         ids = [f"own{self.name}-{chance.randrange(OWNED)}" for _ in range(chance.choice((1, 1, 4)))]
