@@ -73,13 +73,13 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
     """
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
     storage = None if settings.rate_limit_storage is None else settings.rate_limit_storage.get_secret_value()
+    app.add_middleware(Gate, problem_of=partial(problem_of_state, lifecycle=lifecycle))
     app.add_middleware(CancelWhenGone)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(BodyMiddleware, max_body_bytes=settings.max_body_bytes, seconds=settings.request_seconds)
     app.add_middleware(
         AccessMiddleware, ring=ring, limiter=RateLimiter(storage), requests_per_minute=settings.requests_per_minute
     )
-    app.add_middleware(Gate, problem_of=partial(problem_of_state, lifecycle=lifecycle))  # so it counts no request
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
