@@ -75,7 +75,7 @@ class _Norms(NamedTuple):
         """Whether the compiled search can read them; only added words make so many lengths that it cannot."""
         return self.norm_of.dtype == np.uint16
 
-    def of(self, rows: Rows | slice) -> _Scores:
+    def of(self, rows: Rows) -> _Scores:
         return self.distinct[self.norm_of[rows]]
 
 
@@ -197,6 +197,11 @@ class WordIndex:
         return _Norms(_norm(distinct, mean), norm_of.astype(np.uint16 if len(distinct) <= _MAX_INDEX else np.uint32))
 
     @cached_property
+    def _norms_of_rows(self) -> _Scores:
+        """The norm of each row, for scores of all passages alone."""
+        return self._norms.distinct[self._norms.norm_of]
+
+    @cached_property
     def _bounds(self) -> list[TermBounds]:
         """Bounds of the terms of each segment, for the compiled search alone."""
         return [bounds_of_segment(segment) for segment in self._segments]
@@ -242,7 +247,7 @@ class WordIndex:
         if last_query is not query:
             scores = np.zeros(len(self), np.float32)
             for postings in chain(self._postings(query), self._added_postings(query)):
-                norms = self._norms.of(postings.segment).take(postings.rows)
+                norms = self._norms_of_rows[postings.segment].take(postings.rows)
                 _add_at(scores[postings.segment], postings.rows, _gains(postings, postings.counts, norms))
             scores.flags.writeable = False
             self._last_scores = query, scores
