@@ -217,6 +217,7 @@ def test_dev_sets_are_without_the_query_itself():
     object.__setattr__(source, "pairs", None)
     object.__setattr__(source, "dataset", DUPLICATES)
     object.__setattr__(source, "task", "symmetric")
+    object.__setattr__(source, "instruction", None)
     dev = make_dev_set(source, num_queries=3, num_passages=6, seed=0)
     assert all(query_id not in ids for query_id, ids in dev.candidates.items())
     assert all(len(ids) == 5 for ids in dev.candidates.values())
