@@ -71,7 +71,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     "CoRT's negatives": ("`training.complement_words`", "yes"),
     "Trans-Encoder": (
         "`d2llm run RECIPE --rounds N --beside RECIPE`",
-        "yes: stsb .865 alone, beside e5 .864, teachers that go on .865 (start .865), sick .778, .778, .779 (start .775)",
+        "yes: stsb .865 alone, beside e5 .864, teachers that go on .865 (start .865), sick .778, .778, .779 (.775)",
     ),
     "PGKD's hard negatives": (
         "`labelling.mistaken_student`",
@@ -106,7 +106,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     "Semi-Siamese": ('`backbone.tuning = { adapters = "two" }`', "yes"),
     "QLoRA": (
         '`backbone.tuning = { quantization = "4bit" }`',
-        "yes: six steps, wikiqa .195 to .237 (LoRA in float32: .210 to .246), banking77 .347 to .353 (.343 to .345); log",
+        "log: six steps, wikiqa .195 to .237 (LoRA in float32: .210 to .246), banking77 .347 to .353 (.343 to .345)",
     ),
     "DeepCT, doc2query, TILDE-like expansion": ("`d2llm fit-scores`", "yes"),
     "Late chunking": (
@@ -120,7 +120,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "Instructor, E5-instruct, GritLM, Qwen3-Embedding": (
         "`data.instruction` in training, `instruction` of a search; of passages `backbone.passage_prefix`",
-        "no: students not trained so lose .012 to .199 (squad-sent, banking77), trained .016 (wikiqa), .009 (banking77)",
+        "no: students not trained so lose .012 to .199 (squad-sent, banking77), trained .016, .009 (wikiqa, banking77)",
     ),
     "Gecko's task descriptions": (
         "`data.instruction`, one of each set",
@@ -133,7 +133,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "Hypencoder": (
         '`interaction.features = "generated"`',
-        "yes: -.009 ±.023 in three seeds of static vectors (wikiqa, banking77), a quarter of the IEM's time (the log has it)",
+        "yes: -.009 ±.023, three seeds of static vectors (wikiqa, banking77), a quarter of the IEM's time (log)",
     ),
     "K-NRM": (
         "`benchmarks/token_interaction.py`, kernels",
