@@ -32,7 +32,10 @@ class HandMadeStudent:
         self.has_dot = has_dot
         self.interaction = SimpleNamespace(has_interaction=lambda task: True)
 
-    def encode_queries(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
+    def encode_queries(
+        self, texts: list[str], *, instruction: str | None, advance: Callable[[int], None]
+    ) -> SimpleNamespace:
+        assert instruction is None
         advance(len(texts))
         return SimpleNamespace(vectors=np.eye(len(self.dots), dtype=np.float32)[[int(text) for text in texts]])
 

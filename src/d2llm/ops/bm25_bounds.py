@@ -39,15 +39,19 @@ class TermBounds(NamedTuple):
 
     def fit(self, num_rows: int) -> bool:
         """Whether there is a share for each term and range of ``num_rows`` rows."""
-        return len(self.shares) == len(self.terms) * -(-num_rows // RANGE)
+        return len(self.shares) == len(self.terms) * count_ranges(num_rows)
 
     def starts_of(self, terms: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
         """Where the shares of some terms start among those of ``num_rows`` rows; -1 for terms that have none."""
         if not len(self.terms):
             return np.full(len(terms), -1, np.int64)
-        num_ranges = -(-num_rows // RANGE)
         positions = np.minimum(np.searchsorted(self.terms, terms), len(self.terms) - 1)
-        return np.where(self.terms[positions] == terms, positions * num_ranges, -1)
+        return np.where(self.terms[positions] == terms, positions * count_ranges(num_rows), -1)
+
+
+def count_ranges(num_rows: int) -> int:
+    """The ranges of so many rows."""
+    return -(-num_rows // RANGE)
 
 
 def bounds_of(
@@ -77,7 +81,7 @@ def bounds_of(
     if len(starts) and (starts[0] < 0 or starts[-1] > len(rows) or (np.diff(starts) < 0).any()):
         raise ValueError("the postings of a term are not where they should be")
     terms = np.flatnonzero(np.diff(starts) >= MIN_POSTINGS)
-    num_ranges = -(-len(norms) // RANGE)
+    num_ranges = count_ranges(len(norms))
     largest = np.zeros(len(terms) * num_ranges, np.float32)
     if len(terms):
         sizes = starts[terms + 1] - starts[terms]

@@ -429,7 +429,7 @@ def map_queries(work: Callable[[_Item], _Value], items: Sequence[_Item]) -> Iter
 def first_depth(depth: int, num_segments: int) -> int:
     """How many of the best ``depth`` rows a segment is first asked for: seldom fewer than it has of them."""
     mean = depth / num_segments
-    return depth if num_segments == 1 else min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_ROWS)
+    return min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_ROWS)
 
 
 def merge_candidates(

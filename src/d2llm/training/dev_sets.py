@@ -399,9 +399,7 @@ def encode_together(
 
     ``advance`` is called with the number of texts finished, as if the other processes were as fast as this one.
     """
-    queries = (
-        student.encode_queries if instruction is None else partial(student.encode_queries, instruction=instruction)
-    )
+    queries = partial(student.encode_queries, instruction=instruction)
     encode = queries if kind == "query" else student.encode_passages
     if processes.count == 1:
         return encode(texts, advance=advance).vectors

@@ -219,10 +219,8 @@ def _encode(
     student: Student, source: LabelledSource, processes: Processes
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The vectors of a data set's queries [entries, d] and of its passages [passages, d], in the order of their ids."""
-    queries, instruction = (
-        [source.source.query_text(entry.query_id) for entry in source.entries],
-        source.source.instruction,
-    )
+    queries = [source.source.query_text(entry.query_id) for entry in source.entries]
+    instruction = source.source.instruction
     passages = [source.source.passage_text(passage_id) for passage_id in source.passage_ids]
     with progress_bar(f"encoding {source.source.dataset.name}", len(queries) + len(passages)) as advance:
         return (

@@ -34,6 +34,7 @@ _FILTER = 1 << 10  # of a row's words, most are seen not to be in the query by t
 
 _u32, _u16, _u8, _f32, _i64 = map(read_only, (types.uint32, types.uint16, types.uint8, types.float32, types.int64))
 _largest_share = inlined(bm25_bounds.largest_share)
+_count_ranges = inlined(bm25_bounds.count_ranges)
 
 
 @inlined
@@ -317,7 +318,7 @@ def best_rows(
         Rows, scores, and how many postings were read.
     """
     num, num_terms, lengths = len(norm_of), len(starts), (len(rows), len(added_rows), len(shares))
-    _check(starts, ends, shares_at, units, lengths, (num + RANGE - 1) // RANGE)
+    _check(starts, ends, shares_at, units, lengths, _count_ranges(num))
     begins, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
     sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
     chosen, slots, scores = np.empty(RANGE, np.int64), np.zeros(RANGE, np.int64), np.empty(RANGE, np.float32)
