@@ -272,6 +272,7 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": torch.get_num_threads(),  # batches run on different cores (``core_workers``)
+        "ENABLE_CPU_PINNING": False,  # two programs would pin their threads to the same core, and leave others idle
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_GROUP,  # only affects 8-bit weights
     }
     # Compile in a separate thread: OpenVINO gives the compiling thread a signal stack and frees it with the model, so
