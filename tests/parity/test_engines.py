@@ -322,9 +322,9 @@ def test_openvino_leaves_its_threads_on_all_cores(tmp_path):
             work = pool.submit(student.encode_passages, MIXED * 100)
             seen: set[frozenset[int]] = set()
             while not work.done():
-                for thread in os.listdir("/proc/self/task"):
+                for thread in Path("/proc/self/task").iterdir():
                     with suppress(ProcessLookupError):
-                        seen.add(frozenset(os.sched_getaffinity(int(thread))))
+                        seen.add(frozenset(os.sched_getaffinity(int(thread.name))))
     finally:
         torch.set_num_threads(num_threads)
     assert seen == {frozenset(cores)}
