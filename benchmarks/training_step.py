@@ -189,7 +189,7 @@ def train_theirs(
     way: Way, source: LabelledSource, draws: Sequence[Draw], options: argparse.Namespace, *, dropout: bool
 ) -> Trained:
     """Train with sentence-transformers' trainer."""
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -205,7 +205,8 @@ def train_theirs(
     backbone = cast(Any, model[0]).auto_model
     if way.tuning != "full":
         layers = [n for n, part in backbone.named_modules() if isinstance(part, nn.Linear) and "pooler" not in n]
-        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=layers))
+        # What add_adapter does, which refuses every peft that there is in this transformers.
+        inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=layers), backbone)
     if not dropout:
         without_dropout(model)
     trained.watch(backbone)

@@ -224,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "images")
     arguments = parser.parse_args()
-    student = Student.load(STUDENT)
+    student = Student.load(STUDENT, dtype="float32")
     draw_distillation().write(arguments.out / "distillation.svg")
     with TemporaryDirectory() as folder:
         draw_score(student, Path(folder, "five")).write(arguments.out / "score.svg")
