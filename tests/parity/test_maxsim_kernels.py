@@ -73,11 +73,12 @@ def test_the_largest_numbers_do_not_overflow(vector_format):
 def test_queries_are_arranged_in_blocks_and_halves():
     queries = np.arange(17 * 5, dtype=np.int8).reshape(17, 5)
     of_pairs, of_bytes = (loops.arranged(queries, bits) for bits in (4, 8))
-    assert of_pairs.shape == (2, 2, 1, loops.LANES, 4)
-    assert of_pairs[1, :, 0, 0].tolist() == [[80, 82, 84, 0], [81, 83, 0, 0]]
-    assert of_bytes.shape == (2, 2, 2, loops.LANES, 4)
-    assert of_bytes[1, :, 1, 0].tolist() == [[84, 0, 0, 0]] * 2
-    assert not of_pairs[1, :, :, 1:].any()
+    num_blocks = 16 // loops.LANES + 1
+    assert of_pairs.shape == (num_blocks, 2, 1, loops.LANES, 4)
+    assert of_pairs[-1, :, 0, 0].tolist() == [[80, 82, 84, 0], [81, 83, 0, 0]]
+    assert of_bytes.shape == (num_blocks, 2, 2, loops.LANES, 4)
+    assert of_bytes[-1, :, 1, 0].tolist() == [[84, 0, 0, 0]] * 2
+    assert not of_pairs[-1, :, :, 1:].any()
 
 
 @pytest.mark.parametrize(("starts", "counts"), [([-1], [2]), ([3], [2]), ([0], [0]), ([0], [-1]), ([5], [1])])

@@ -16,6 +16,7 @@ of a processor that has it (VNNI). With AVX2, two products are, and eight such s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,18 +29,20 @@ from numpy.typing import NDArray
 
 from d2llm.ops.kernels.compiler import compiled, read_only, written
 
-LANES = 16
-"""Tokens of a query that are multiplied at once: the whole numbers of 32 bits in the widest registers there are."""
 _CODE: Any = cpu_target.target_context
 _FEATURES = frozenset(_CODE.codegen().magic_tuple()[2].split(","))  # of the processor that is compiled for
-_WIDE_VNNI = "+avx512vnni" in _FEATURES  # on registers of 512 bits
-_VNNI = _WIDE_VNNI or "+avxvnni" in _FEATURES  # or of 256, which processors with AVX2 alone may have
-_AT_ONCE = 8 if _WIDE_VNNI else 4  # tokens of a passage that are multiplied at once: sums do not wait for one another
+_WIDE = "+avx512bw" in _FEATURES  # registers of 512 bits, else 256
+_VNNI = bool({"+avx512vnni", "+avxvnni"} & _FEATURES)
+LANES = 16 if _WIDE else 8
+"""Tokens of a query that are multiplied at once: the whole numbers of 32 bits in the widest registers there are."""
+_BLOCKS = 1 if _WIDE else 2  # of LANES, multiplied with the same tokens of a passage
+_AT_ONCE = 8 // _BLOCKS  # tokens of a passage that are multiplied at once: sums do not wait for one another
 _PAIRS = 8  # sums of two products of a number below 16 and a signed one of 8 bits that 16 bits hold
 _BYTES = 16  # of a code that are split at once
 _LOWEST = -(1 << 31)
 _INT8, _INT16, _INT32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-_SUMS, _PAIRS_OF_SUMS, _QUADS = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, 32), ir.VectorType(_INT8, 64)
+_SUMS, _PAIRS_OF_SUMS = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, 2 * LANES)
+_QUADS = ir.VectorType(_INT8, 4 * LANES)
 
 
 def arranged(queries: NDArray[np.int8], bits: int) -> NDArray[np.int8]:
@@ -79,47 +82,32 @@ def _repeated(builder: Any, value: Any) -> Any:
 
 
 def _sum_of_pairs(builder: Any, numbers: Any, query: Any) -> Any:
-    """The sums of two products each, of numbers and a query [64], in 16 bits."""
-    if "+avx512bw" in _FEATURES:
-        return _call(builder, "llvm.x86.avx512.pmaddubs.w.512", _PAIRS_OF_SUMS, numbers, query)
+    """The sums of two products each, of numbers and a query [4 LANES], in 16 bits."""
     if "+avx2" in _FEATURES:
-        halves: list[Any] = []
-        for start in (0, 32):
-            some = (_chosen(builder, vector, range(start, start + 32)) for vector in (numbers, query))
-            halves.append(_call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_INT16, 16), *some))
-        return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_INT32, 32), [*range(32)]))
-    wide = ir.VectorType(_INT16, 64)
+        name = "llvm.x86.avx512.pmaddubs.w.512" if _WIDE else "llvm.x86.avx2.pmadd.ub.sw"
+        return _call(builder, name, _PAIRS_OF_SUMS, numbers, query)
+    wide = ir.VectorType(_INT16, 4 * LANES)
     products = builder.mul(builder.zext(numbers, wide), builder.sext(query, wide))
-    return builder.add(*(_chosen(builder, products, range(start, 64, 2)) for start in (0, 1)))
+    return builder.add(*(_chosen(builder, products, range(start, 4 * LANES, 2)) for start in (0, 1)))
 
 
 def _sum_of_two(builder: Any, pairs: Any) -> Any:
     """The sums of two numbers of 16 bits each, in 32 bits."""
     if "+avx2" in _FEATURES:
-        ones = ir.Constant(ir.VectorType(_INT16, 16), [1] * 16)
-        halves = (_chosen(builder, pairs, range(start, start + 16)) for start in (0, 16))
-        sums = [_call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_INT32, 8), half, ones) for half in halves]
-        return builder.shuffle_vector(*sums, ir.Constant(_SUMS, [*range(LANES)]))
+        name = "llvm.x86.avx512.pmaddw.d.512" if _WIDE else "llvm.x86.avx2.pmadd.wd"
+        return _call(builder, name, _SUMS, pairs, _vector(_PAIRS_OF_SUMS, 1))
     lanes = builder.bitcast(pairs, _SUMS)
     first = builder.ashr(builder.shl(lanes, _vector(_SUMS, 16)), _vector(_SUMS, 16))
     return builder.add(first, builder.ashr(lanes, _vector(_SUMS, 16)))
 
 
 def _sum_of_fours(builder: Any, total: Any, numbers: Any, query: Any) -> Any:
-    """A total, and the sums of four products each, of numbers and a query [64], in 32 bits."""
-    if _WIDE_VNNI:
-        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _SUMS, total, numbers, query)
-    halves: list[Any] = []
-    for start in (0, LANES // 2):
-        lanes, bytes_ = range(start, start + LANES // 2), range(4 * start, 4 * start + 2 * LANES)
-        some = (_chosen(builder, vector, of) for vector, of in ((total, lanes), (numbers, bytes_), (query, bytes_)))
-        halves.append(_call(builder, "llvm.x86.avx512.vpdpbusd.256", ir.VectorType(_INT32, LANES // 2), *some))
-    return builder.shuffle_vector(*halves, ir.Constant(_SUMS, [*range(LANES)]))
+    """A total, and the sums of four products each, of numbers and a query [4 LANES], in 32 bits."""
+    return _call(builder, f"llvm.x86.avx512.vpdpbusd.{512 if _WIDE else 256}", _SUMS, total, numbers, query)
 
 
-def _add_quads(builder: Any, total: Any, row: Any, query: Any) -> None:
-    """Add the products of four numbers of a row with four of a query [LANES, 4]; ``total`` has 32 or 16 bits."""
-    numbers = builder.bitcast(_repeated(builder, builder.load(row)), _QUADS)
+def _add_quads(builder: Any, total: Any, numbers: Any, query: Any) -> None:
+    """Add the products of four numbers with four of a query [LANES, 4]; ``total`` has 32 or 16 bits."""
     if _VNNI:
         sums = _sum_of_fours(builder, builder.load(total), numbers, query)
     else:
@@ -156,56 +144,76 @@ def _split(typing_context: Any, codes: Any, code: Any, numbers: Any, at: Any) ->
     return types.void(codes, code, numbers, at), generate
 
 
-@intrinsic
-def _raise_best(typing_context: Any, numbers: Any, queries: Any, block: Any, factor: Any, best: Any) -> Any:  # noqa: ARG001
-    """Raise the best products [LANES] of a block of the queries to those with ``_AT_ONCE`` rows of numbers.
+def _raiser(num_blocks: int) -> Any:
+    """The function that raises the best products of so many blocks of the queries."""
 
-    ``numbers`` [2, _AT_ONCE, quads] holds four dimensions in each 32 bits; the products of the second half count
-    ``factor`` times. Written for LLVM, because the sums of an inner loop of Python's would be kept in memory: here they
-    stay in registers.
-    """
+    @intrinsic
+    def raise_best(typing_context: Any, numbers: Any, queries: Any, block: Any, factor: Any, best: Any) -> Any:  # noqa: ARG001
+        """Raise the best products [LANES] of blocks, from ``block`` on, to those with ``_AT_ONCE`` rows of numbers.
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, columns, _, _, highest = signature.args
-        rows = context.make_array(rows)(context, builder, arguments[0])
-        columns = context.make_array(columns)(context, builder, arguments[1])
-        highest = context.make_array(highest)(context, builder, arguments[4])
-        quads = cgutils.unpack_tuple(builder, rows.shape)[2]
-        size = quads.type
-        query = builder.bitcast(columns.data, _QUADS.as_pointer())
-        query = builder.gep(query, [builder.mul(builder.mul(arguments[2], size(2)), quads)])
-        kind = _SUMS if _VNNI else _PAIRS_OF_SUMS
-        totals = [[cgutils.alloca_once(builder, _SUMS) for _ in range(_AT_ONCE)] for _ in range(2)]
-        chunk = [cgutils.alloca_once(builder, kind) for _ in range(_AT_ONCE)]
-        for half in range(2):
-            for total in totals[half]:
-                builder.store(_vector(_SUMS, 0), total)
-            with cgutils.for_range_slice(builder, size(0), quads, size(_PAIRS), intp=size) as (first, _):
-                for partial in chunk:
-                    builder.store(_vector(kind, 0), partial)
-                last = builder.add(first, size(_PAIRS))
-                last = builder.select(builder.icmp_signed("<", last, quads), last, quads)
-                with cgutils.for_range_slice(builder, first, last, size(1), intp=size) as (quad, _):
-                    at = builder.add(builder.mul(quads, size(half)), quad)
-                    column = builder.load(builder.gep(query, [at]), align=1)
-                    for row, partial in enumerate(chunk):
-                        at = builder.add(builder.mul(quads, size(half * _AT_ONCE + row)), quad)
-                        _add_quads(builder, partial, builder.gep(rows.data, [at]), column)
-                for total, partial in zip(totals[half], chunk, strict=True):
-                    added = builder.load(partial)
-                    if not _VNNI:
-                        added = _sum_of_two(builder, added)
-                    builder.store(builder.add(builder.load(total), added), total)
-        address = builder.gep(builder.bitcast(highest.data, _SUMS.as_pointer()), [arguments[2]])
-        best_so_far = builder.load(address, align=4)
-        times = _repeated(builder, arguments[3])
-        for first, second in zip(*totals, strict=True):
-            product = builder.add(builder.load(first), builder.mul(builder.load(second), times))
-            best_so_far = builder.select(builder.icmp_signed(">", product, best_so_far), product, best_so_far)
-        builder.store(best_so_far, address, align=4)
-        return context.get_dummy_value()
+        ``numbers`` [2, _AT_ONCE, quads] holds four dimensions in each 32 bits; the products of the second half count
+        ``factor`` times. Written for LLVM, because the sums of an inner loop of Python's would be kept in memory: here
+        they stay in registers.
+        """
 
-    return types.void(numbers, queries, block, factor, best), generate
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            rows, columns, highest = (
+                context.make_array(signature.args[index])(context, builder, arguments[index]) for index in (0, 1, 4)
+            )
+            quads = cgutils.unpack_tuple(builder, rows.shape)[2]
+            halves = [
+                _products(builder, rows.data, columns.data, quads, arguments[2], half, num_blocks) for half in (0, 1)
+            ]
+            times = _repeated(builder, arguments[3])
+            for index in range(num_blocks):
+                block = builder.add(arguments[2], quads.type(index))
+                address = builder.gep(builder.bitcast(highest.data, _SUMS.as_pointer()), [block])
+                best_so_far = builder.load(address, align=4)
+                for first, second in zip(*(half[index] for half in halves), strict=True):
+                    product = builder.add(builder.load(first), builder.mul(builder.load(second), times))
+                    best_so_far = builder.select(builder.icmp_signed(">", product, best_so_far), product, best_so_far)
+                builder.store(best_so_far, address, align=4)
+            return context.get_dummy_value()
+
+        return types.void(numbers, queries, block, factor, best), generate
+
+    return raise_best
+
+
+def _products(
+    builder: Any, rows: Any, columns: Any, quads: Any, block: Any, half: int, num_blocks: int
+) -> list[list[Any]]:
+    """The products of one half of ``_AT_ONCE`` rows with blocks of the queries: for each block, where they are."""
+    size, kind = quads.type, _SUMS if _VNNI else _PAIRS_OF_SUMS
+    totals, chunk = (
+        [[cgutils.alloca_once(builder, of) for _ in range(_AT_ONCE)] for _ in range(num_blocks)] for of in (_SUMS, kind)
+    )
+    for total in chain(*totals):
+        builder.store(_vector(_SUMS, 0), total)
+    query = builder.bitcast(columns, _QUADS.as_pointer())
+    with cgutils.for_range_slice(builder, size(0), quads, size(_PAIRS), intp=size) as (first, _):
+        for partial in chain(*chunk):
+            builder.store(_vector(kind, 0), partial)
+        last = builder.add(first, size(_PAIRS))
+        last = builder.select(builder.icmp_signed("<", last, quads), last, quads)
+        with cgutils.for_range_slice(builder, first, last, size(1), intp=size) as (quad, _):
+            halves = (builder.add(builder.mul(block, size(2)), size(2 * index + half)) for index in range(num_blocks))
+            at = [builder.add(builder.mul(before, quads), quad) for before in halves]
+            read = [builder.load(builder.gep(query, [start]), align=1) for start in at]
+            for row in range(_AT_ONCE):
+                start = builder.add(builder.mul(quads, size(half * _AT_ONCE + row)), quad)
+                numbers = builder.bitcast(_repeated(builder, builder.load(builder.gep(rows, [start]))), _QUADS)
+                for column, of_block in zip(read, chunk, strict=True):
+                    _add_quads(builder, of_block[row], numbers, column)
+        for total, partial in zip(chain(*totals), chain(*chunk), strict=True):
+            added = builder.load(partial)
+            if not _VNNI:
+                added = _sum_of_two(builder, added)
+            builder.store(builder.add(builder.load(total), added), total)
+    return totals
+
+
+_raise_best, _raise_several = _raiser(1), _raiser(_BLOCKS)
 
 
 @compiled(
@@ -248,7 +256,10 @@ def sum_of_best(
             for at in range(_AT_ONCE):
                 code = min(part + at, end - 1)  # the last one again, which changes nothing
                 _split(codes, code, numbers, at)
-            for block in range(len(queries)):
+            together = len(queries) - len(queries) % _BLOCKS
+            for block in range(0, together, _BLOCKS):
+                _raise_several(read, queries, block, factor, best)
+            for block in range(together, len(queries)):
                 _raise_best(read, queries, block, factor, best)
         total = np.int64(0)
         for product in best:
