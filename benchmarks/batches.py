@@ -1,6 +1,7 @@
-"""Many queries in one call beside the same queries one by one: one run, the same index, one thread, processor time.
+"""Many queries in one call beside the same queries one by one: one run, the same index, processor time of one thread.
 
     python benchmarks/batches.py --work FOLDER --json benchmarks/results/batches.json
+    python benchmarks/batches.py --threads 2      wall-clock time, on an idle machine: one call uses all threads
 
 Both ways are measured with the queries encoded before, and with their texts, which the student then encodes. Each is
 repeated, the two ways in turn, and the fastest run counts. The rankings of both must be the same, bit for bit.
@@ -54,15 +55,15 @@ def shown(rankings: list[Ranking]) -> list[list[tuple[str, float]]]:
     return [[(each.passage.id, each.score) for each in ranking.passages] for ranking in rankings]
 
 
-def quickest(single: Run, together: Run, runs: int) -> dict[str, float]:
+def quickest(single: Run, together: Run, runs: int, clock: Callable[[], float]) -> dict[str, float]:
     """Queries a second of both ways, and their ratio."""
     times: dict[str, list[float]] = {"one by one": [], "together": []}
     results: list[list[list[tuple[str, float]]]] = []
     for _ in range(runs):
         for name, run in (("one by one", single), ("together", together)):
-            begin = time.process_time()
+            begin = clock()
             rankings = run()
-            times[name].append(time.process_time() - begin)
+            times[name].append(clock() - begin)
             results.append(shown(rankings))
     if any(result != results[0] for result in results):
         raise SystemExit("the rankings of both ways differ")
@@ -74,6 +75,7 @@ def quickest(single: Run, together: Run, runs: int) -> dict[str, float]:
 
 def measure(passages: int, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Both ways of every search of an index of so many passages."""
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     student = Student.load(STUDENT)
     real, vectors, of_task, _ = read_real(student, DATA, REAL, args.queries, work)
     known = KnownVectors(student, list(of_task.values()))
@@ -106,14 +108,14 @@ def measure(passages: int, args: argparse.Namespace, work: Path) -> dict[str, An
         def together(searcher: Searcher = searcher) -> list[Ranking]:
             return searcher.rank(queries, vectors=query_vectors, tokens=tokens)
 
-        rows[name] = {"without encoding": quickest(single, together, args.runs)}
+        rows[name] = {"without encoding": quickest(single, together, args.runs, clock)}
         if name == "full score":  # vectors of texts encoded alone and together differ in the last bits
-            begin = time.process_time()
+            begin = clock()
             [known.encode_with_tokens([text], "query") for text in texts]
-            alone = time.process_time() - begin
-            begin = time.process_time()
+            alone = clock() - begin
+            begin = clock()
             known.encode_with_tokens(texts, "query")
-            at_once = time.process_time() - begin
+            at_once = clock() - begin
             cost = {way: len(texts) / rows[name]["without encoding"][way] for way in ("one by one", "together")}
             rows[name]["with encoding"] = {
                 "one by one": round(len(texts) / (cost["one by one"] + alone), 1),
@@ -129,14 +131,16 @@ def main() -> None:
     parser.add_argument("--passages", type=int, nargs="+", default=[20_000, 100_000])
     parser.add_argument("--queries", type=int, default=1_000)
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder of the indexes and of the real passages' vectors, used again")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     require(*(DATA / name for name in FRACTIONS))
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(1)
     result: dict[str, Any] = {
         "queries": args.queries,
+        "threads": args.threads,
         "machine": processor_name(),
         "packages": package_versions(),
         "passages": {},
