@@ -12,8 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +32,7 @@ from d2llm.models.token_vectors import TokenProjection
 from d2llm.models.tokens import EncodedTexts
 from d2llm.recipe import AutoPooling, InteractionConfig, Pooling
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+from waiting import PATIENCE
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -314,20 +313,28 @@ def test_openvino_leaves_its_threads_on_all_cores(tmp_path):
     """Two programs would keep their threads on the same core: measured, 16 ms a query beside 10."""
     pytest.importorskip("openvino")
     make(tmp_path)
-    num_threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
-    torch.set_num_threads(2)
-    try:
-        student = Student.load(tmp_path / "student", device="cpu", dtype="float32", engine="openvino")
-        with ThreadPoolExecutor(1) as pool:
-            work = pool.submit(student.encode_passages, MIXED * 100)
-            seen: set[frozenset[int]] = set()
-            while not work.done():
-                for thread in Path("/proc/self/task").iterdir():
-                    with suppress(ProcessLookupError):
-                        seen.add(frozenset(os.sched_getaffinity(int(thread.name))))
-    finally:
-        torch.set_num_threads(num_threads)
-    assert seen == {frozenset(cores)}
+    program = [sys.executable, "-c", _CORES_OF_THREADS, tmp_path / "student"]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert done.stdout.split() == ["1"], "its threads use other cores than the program"
+
+
+_CORES_OF_THREADS = f"""
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+import torch
+from d2llm.models.student import Student
+torch.set_num_threads(2)
+student = Student.load(sys.argv[1], device="cpu", dtype="float32", engine="openvino")
+seen = {{frozenset(os.sched_getaffinity(0))}}
+with ThreadPoolExecutor(1) as pool:
+    work = pool.submit(student.encode_passages, {MIXED!r} * 100)
+    while not work.done():
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):
+                seen.add(frozenset(os.sched_getaffinity(int(thread))))
+print(len(seen))
+"""
 
 
 @pytest.mark.skipif(not cpu_has_fast_bfloat16(), reason="this CPU has no products of bfloat16")
