@@ -79,7 +79,7 @@ campaign: setup ## set up and run every row of the campaign of faults to its ful
 # Benchmarks that need a folder or a recipe as an argument: `make bench` leaves them out.
 WITH_ARGUMENTS := binarised candidate_depth classify documentation first_minutes fit_quality judged_sets \
 	labelled_queries learned_words_score recorded_gate recorded_lists reranking score_features_ablation \
-	similar soup symmetric_branch token_interaction typing_errors waiting_threads written_rounds
+	similar soup stages symmetric_branch token_interaction typing_errors waiting_threads written_rounds
 
 bench: setup ## set up and run every benchmark that needs no arguments, printing its table
 	@set -e; for script in $(filter-out $(WITH_ARGUMENTS:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \

@@ -84,6 +84,10 @@ def test_what_the_backbone_cannot_do_is_refused(tmp_path: Path, setting: str, pr
         ('[teacher]\nmodel = "/gone"', "teacher.model: /gone: no such folder"),
         ('[teacher]\nprompt = "papre"', "teacher.prompt: no prompt set 'papre'"),
         ('[teacher_tuning]\nlabels = "gone"', "teacher_tuning.labels: gone: no such file or folder"),
+        (
+            '[training]\npretraining = ["simcse", { kind = "simcse", corpus = "gone" }]',
+            "training.pretraining[1].corpus: gone: no such file or folder",
+        ),
     ],
 )
 def test_what_a_recipe_names_and_is_not_there_is_a_warning(tmp_path: Path, text: str, problem: str) -> None:

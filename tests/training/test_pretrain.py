@@ -597,10 +597,22 @@ def test_texts_are_those_of_training() -> None:
     }
     queries = {name: f"query {name}" for name in ("q1", "q2", "d1", "t1")}
     source = make_source({name: f"passage {name}" for name in names}, queries, entries, qrels=qrels)
-    passages, read = unlabelled_texts([source], 10)
+    passages, read = unlabelled_texts([source], config("simcse", max_passages=10))
     assert sorted(passages) == ["passage both", "passage p1", "passage p2", "passage p3"]
     assert sorted(read) == ["query q1", "query q2"]
-    assert [len(texts) for texts in unlabelled_texts([source, source], 1)] == [2, 2]
+    assert [len(texts) for texts in unlabelled_texts([source, source], config("simcse", max_passages=1))] == [2, 2]
+
+
+def test_texts_of_a_corpus_replace_those_of_training(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [{"_id": f"d{n}", "title": "On", "text": text} for n, text in enumerate(TEXTS)]
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    source = make_source({"p1": "passage"}, {"q1": "query"}, [PlanEntry("q1", ("p1",), (), ())])
+    passages, queries = unlabelled_texts([source], config("simcse", corpus=str(corpus), max_passages=3))
+    assert len({*passages}) == 3
+    assert {*passages} < {f"On\n{text}" for text in TEXTS}
+    assert queries == []
+    assert len(unlabelled_texts([source], config("simcse", corpus=str(tmp_path)))[0]) == len(TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -646,6 +658,29 @@ def test_stages_follow_one_another(workspace: Workspace, tmp_path: Path) -> None
     assert names
     assert all(torch.equal(alone[name], first[name]) for name in names)
     assert any(not torch.equal(first[name], second[name]) for name in names)
+
+
+def test_a_student_teaches_with_its_tuned_backbone(workspace: Workspace, tmp_path: Path) -> None:
+    finetuned = tiny_student_config(workspace.model, tuning=Lora(rank=4, alpha=8.0))
+    tuned = distilled(workspace, tmp_path / "tuned", finetuned, kind="simcse", batch_texts=4, learning_rate=0.05)
+    student = new_student(workspace.model, layers=(0, 2), tuning="full")
+    runs = {
+        name: pretrain._Pretraining(
+            student, PASSAGES, (), tmp_path / name, config("hidden_states", teacher=str(teacher)), 0
+        )
+        for name, teacher in (("by the tuned one", tmp_path / "tuned"), ("by its model", workspace.model))
+    }
+    expected = []
+    with torch.no_grad():
+        for text in runs["by its model"].texts:
+            ids = torch.tensor([text])
+            states, taught = (
+                model(ids, torch.ones_like(ids).bool())[0] for model in (student.backbone, tuned.backbone)
+            )
+            expected.append(float((states - taught).double().square().mean()))
+    assert loss_of(runs["by the tuned one"]) == pytest.approx(np.mean(expected), rel=1e-4)
+    assert loss_of(runs["by its model"]) != pytest.approx(np.mean(expected), rel=1e-2)
+    assert runs["by the tuned one"].settings["texts"] != runs["by its model"].settings["texts"]
 
 
 def test_a_resumed_distillation_does_not_pretrain_again(workspace, tmp_path, monkeypatch):

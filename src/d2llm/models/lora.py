@@ -34,8 +34,13 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
     """
     if has_adapters(model):
         raise ModelError("the model already has an adapter; load it again to start with a new one")
-    # d2llm's forward passes do not use a BERT's pooler.
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "pooler" not in name]
+    # d2llm's forward passes do not use a BERT's pooler, and a T5's head may share its weights with the embeddings.
+    unused = ("pooler", "lm_head")
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in unused)
+    ]
     if not layers:
         raise ModelError(
             f"{type(model).__name__} has no linear layers for adapters; set tuning to 'full' or 'frozen', or use "

@@ -68,8 +68,8 @@ class TokensConfig(WarmUpConfig):
 class Pretraining(SectionOfKind, WarmUpConfig):
     """The stage before distillation: trains the backbone on texts without labels (``training.pretrain``).
 
-    The texts are passages and train queries of the recipe's data sets. Each kind is a subclass with settings of its
-    own; docs/recipes.md has what each brought.
+    The texts are passages and train queries of the recipe's data sets, or those of a corpus. Each kind is a subclass
+    with settings of its own; docs/recipes.md has what each brought.
 
     Example::
 
@@ -83,6 +83,9 @@ class Pretraining(SectionOfKind, WarmUpConfig):
 
     max_passages: int = Field(default=5_000, ge=1)
     """Passages of each data set, and at most as many of its train queries, drawn at random."""
+    corpus: InputPath | None = None
+    """A corpus, a document or a folder of them: at most ``max_passages`` of its texts are read instead of those of the
+    data sets, such as general texts before those of the task."""
     max_tokens: int = Field(default=64, ge=4)
     """Longer texts are cut to so many tokens."""
     epochs: int = Field(default=1, ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from d2llm.store.bm25 import bm25_lists
 from d2llm.training.dev_sets import make_dev_set
 from d2llm.training.label import TeacherOnDemand
 from d2llm.training.losses import OFFSET, Preparation
-from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
-from d2llm.training.processes import Processes, joined_processes, own_device
+from d2llm.training.pretrain import PretrainingReport, pretrain_backbone, unlabelled_texts
+from d2llm.training.processes import ALONE, Processes, joined_processes, own_device
 from d2llm.training.score_features import fit_beside, score_features_at_start, with_score_features
 from d2llm.training.training_loop import DistillRun
 
@@ -197,7 +197,7 @@ def distill(
         for loss in objective:
             loss.check_student(preparation)
         if training.start is None:
-            _pretrain(student, sources, recipe, run_folder, processes)
+            list(pretrain_in_stages(student, sources, recipe, run_folder, processes))
             _fit_pooling(student, sources, recipe, processes)
         if recipe.score_features.in_training:
             score_features, start_tokens = score_features_at_start(student, sources, recipe, run_folder, processes)
@@ -306,16 +306,23 @@ def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
         )
 
 
-def _pretrain(
-    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, run_folder: Path, processes: Processes
-) -> None:
-    """Train the backbone on texts without labels, stage by stage; the results are kept in the run's folder."""
+def pretrain_in_stages(
+    student: Student,
+    sources: Sequence[TrainingSource],
+    recipe: Recipe,
+    run_folder: Path,
+    processes: Processes = ALONE,
+) -> Iterator[PretrainingReport]:
+    """Train the backbone of a new student on texts without labels, stage by stage, in place.
+
+    What each stage has trained is kept in ``run_folder``, from where a later call takes it up.
+    """
     for stage_number, config in enumerate(recipe.training.pretraining, start=1):
-        passages, queries = unlabelled_texts(sources, config.max_passages, seed=recipe.seed)
+        passages, queries = unlabelled_texts(sources, config, seed=recipe.seed)
         folder = run_folder / ("pretraining" if stage_number == 1 else f"pretraining-{stage_number}")
+        minutes = recipe.training.checkpoint_minutes
         for is_turn in (processes.is_first, not processes.is_first):  # the others take up what the first has trained
             if is_turn:
-                minutes = recipe.training.checkpoint_minutes
                 report = pretrain_backbone(
                     student, passages, folder, config, queries=queries, seed=recipe.seed, checkpoint_minutes=minutes
                 )
@@ -326,6 +333,7 @@ def _pretrain(
                     report.first_loss,
                     report.last_loss,
                 )
+                yield report
             processes.from_first(None)
 
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.data.indexed_corpus import open_corpus
 from d2llm.data.plan import TrainingSource
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import tokens_to_train
@@ -98,12 +99,16 @@ def pretrain_backbone(
 
 
 def unlabelled_texts(
-    sources: Sequence[TrainingSource], max_passages: int, *, seed: int = 0
+    sources: Sequence[TrainingSource], config: Pretraining, *, seed: int = 0
 ) -> tuple[list[str], list[str]]:
     """Passages and train queries of data sets: of each at most ``max_passages`` passages and as many queries.
 
-    Passages that other splits judge are left out, unless training has them as positives too.
+    Passages that other splits judge are left out, unless training has them as positives too. With a ``corpus``, its
+    texts are the passages, and there are no queries.
     """
+    if config.corpus is not None:
+        texts = [each.full_text for each in open_corpus([Path(config.corpus)], with_metadata=False).passages]
+        return random.Random(f"{seed}:corpus").sample(texts, min(config.max_passages, len(texts))), []
     passages: list[str] = []
     queries: list[str] = []
     for source in sources:
@@ -113,8 +118,8 @@ def unlabelled_texts(
         held_out -= {passage_id for entry in source.plan.entries for passage_id in entry.positives}
         passage_ids = sorted(source.dataset.passages.keys() - held_out)
         query_ids = sorted(entry.query_id for entry in source.plan.entries)
-        passages += map(source.passage_text, rng.sample(passage_ids, min(max_passages, len(passage_ids))))
-        queries += map(source.query_text, rng.sample(query_ids, min(max_passages, len(query_ids))))
+        passages += map(source.passage_text, rng.sample(passage_ids, min(config.max_passages, len(passage_ids))))
+        queries += map(source.query_text, rng.sample(query_ids, min(config.max_passages, len(query_ids))))
     return passages, queries
 
 

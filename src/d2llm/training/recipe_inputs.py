@@ -86,6 +86,9 @@ def _marked(section: BaseModel, path: str) -> Iterator[tuple[str, str, str]]:
         value, setting = getattr(section, name), f"{path}.{name}"
         if isinstance(value, BaseModel):
             yield from _marked(value, setting)
+        elif isinstance(value, tuple) and all(isinstance(each, BaseModel) for each in value):
+            for number, each in enumerate(value):
+                yield from _marked(each, f"{setting}[{number}]")
         elif value is not None:
             marks = (part for part in (*field.metadata, *_parts_of(field.annotation)) if isinstance(part, Names))
             if (mark := next(marks, None)) is not None:

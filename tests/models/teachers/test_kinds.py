@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from transformers import PreTrainedTokenizerFast as Fast
 
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError, ModelNotFoundError
 from d2llm.data.labels import LabelStore
+from d2llm.data.plan import TrainingPair
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.classifier import ClassifierTeacher
 from d2llm.models.teachers.identity import find_kind
 from d2llm.models.teachers.pair_teacher import PairTeacher, identify_teacher, load_teacher
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.models.teachers.seq2seq import Seq2SeqTeacher
-from d2llm.recipe import LoraConfig, TeacherConfig
+from d2llm.recipe import TeacherConfig, TeacherTuningConfig
 from d2llm.training.label import label
+from d2llm.training.tune_teacher import accumulate, tune_teacher
 from tiny_data import topics
 from tiny_models import TEXTS, tiny_tokenizer, write_tiny_model
 
@@ -79,8 +82,11 @@ def words_tokenizer() -> Fast:
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("t5")
-    settings = transformers.T5Config(
+    return write_t5(tmp_path_factory.mktemp("t5"), initializer_factor=3.0)
+
+
+def write_t5(folder: Path, **settings: Any) -> Path:
+    t5_config = transformers.T5Config(
         vocab_size=400,
         d_model=32,
         d_kv=8,
@@ -90,11 +96,11 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decoder_start_token_id=0,
         pad_token_id=0,
         eos_token_id=1,
-        initializer_factor=3.0,
+        **settings,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformers.T5ForConditionalGeneration(settings).save_pretrained(folder)
+        transformers.T5ForConditionalGeneration(t5_config).save_pretrained(folder)
     words_tokenizer().save_pretrained(folder)
     return folder
 
@@ -146,22 +152,66 @@ def test_qwen3_reranker_matches_transformers(qwen3: Path) -> None:
 def test_monot5_matches_transformers(t5: Path) -> None:
     teacher = load(t5, prompt="monot5")
     assert isinstance(teacher, Seq2SeqTeacher)
-    tokenizer, model = teacher.tokenizer, AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
-    true, false = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("true", "false"))
-    assert len(true) == len(false) == 1
-    expected, features = [], []
-    for query, passage in PAIRS:
-        inputs = tokenizer(f"Query: {query} Document: {passage} Relevant:", return_tensors="pt")
-        with torch.inference_mode():
-            output = model(
-                input_ids=inputs["input_ids"], decoder_input_ids=torch.tensor([[0]]), output_hidden_states=True
-            )
-        expected.append(float(output.logits[0, 0, true[0]] - output.logits[0, 0, false[0]]))
-        features.append(output.decoder_hidden_states[-1][0, 0].numpy())
+    expected, features = answers(AutoModelForSeq2SeqLM.from_pretrained(t5), teacher.tokenizer, PAIRS)
     scores = teacher.score_pairs(PAIRS, "asymmetric", with_features=True)
     np.testing.assert_allclose(scores.log_odds, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(scores.features, np.stack(features), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores.features, features, rtol=1e-4, atol=1e-4)
     assert np.ptp(expected) > 0.1
+
+
+def answers(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[list[float], np.ndarray[Any, Any]]:
+    """Log-odds and decoder states of MonoT5, by transformers alone."""
+    (true,), (false,) = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("true", "false"))
+    expected, features = [], []
+    for query, passage in pairs:
+        inputs = tokenizer(f"Query: {query} Document: {passage} Relevant:", return_tensors="pt")
+        with torch.inference_mode():
+            output = model.eval()(
+                input_ids=inputs["input_ids"], decoder_input_ids=torch.tensor([[0]]), output_hidden_states=True
+            )
+        expected.append(float(output.logits[0, 0, true] - output.logits[0, 0, false]))
+        features.append(output.decoder_hidden_states[-1][0, 0].numpy())
+    return expected, np.stack(features)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_t5_learns_by_the_softmax_of_rankt5(tmp_path: Path, tuning: str, tied: bool) -> None:
+    """Its loss by hand; then one that falls, and a tuned model that transformers can read."""
+    folder = write_t5(tmp_path / "model", tie_word_embeddings=tied)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    settings = {"tuning": tuning, "loss": "lists", "pair_weight": 0.0, "num_negatives": 2, "batch_pairs": 12}
+    settings |= {"lora": {"dropout": 0.0}, "epochs": 6, "learning_rate": 3e-2 if tuning == "lora" else 1e-2}
+    tuning_config = TeacherTuningConfig.model_validate(settings)
+    teacher: Any = load(folder, prompt="monot5")
+    teacher.prepare_training(tuning_config.lora, tuning="full")
+    pairs = [TrainingPair(*pair, "symmetric", float(index in (1, 7))) for index, pair in enumerate(PAIRS[:10])]
+    before = np.array(answers(model, words_tokenizer(), PAIRS)[0])
+    expected = [np.logaddexp.reduce(before[:5]) - before[1], np.logaddexp.reduce(before[5:10]) - before[7]]
+    assert float(accumulate(teacher.eval(), pairs, 512, tuning_config)[0]) == pytest.approx(np.mean(expected), rel=1e-4)
+    report = tune_teacher(
+        [topics(num_train=20)],
+        tmp_path / "tuned",
+        teacher=config(folder, prompt="monot5"),
+        tuning=tuning_config,
+        device="cpu",
+        dtype="float32",
+    )
+    log = (tmp_path / "tuned.run" / "log.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    tuned = load(tmp_path / "tuned")
+    assert tuned.fingerprint == report.fingerprint
+    if tuning == "full":
+        model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "tuned")
+    else:
+        adapter = load_file(tmp_path / "tuned" / "adapter.safetensors")
+        assert not [name for name in adapter if "lm_head" in name or "shared" in name]
+        for name in {name.rpartition(".")[0] for name in adapter}:
+            model.get_submodule(name).weight.data += adapter[f"{name}.lora_up"] @ adapter[f"{name}.lora_down"]
+    after, _ = answers(model, words_tokenizer(), PAIRS)
+    np.testing.assert_allclose(tuned.score_pairs(PAIRS, "asymmetric").log_odds, after, rtol=1e-4, atol=1e-4)
+    assert np.abs(after - before).max() > 0.1
 
 
 @pytest.mark.parametrize("labels", [1, 2, 3])
@@ -278,9 +328,6 @@ def test_unusable_teachers_are_rejected(tmp_path: Path, t5: Path) -> None:
         path.write_text(f"[symmetric]\n{section}[asymmetric]\n{section}")
         with pytest.raises(AnswerTokenError, match=problem):
             load(t5, prompt=str(path))
-    teacher: Any = load(t5, prompt="monot5")
-    with pytest.raises(InputError, match="is a seq2seq model, which cannot be tuned here"):
-        teacher.prepare_training(LoraConfig())
 
 
 def test_spaced_templates_are_checked(tmp_path: Path) -> None:

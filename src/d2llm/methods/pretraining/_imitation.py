@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError
 from d2llm.core.progress import remarks
 from d2llm.models.backbone import Backbone
+from d2llm.models.sources import is_student
+from d2llm.models.student import Student
 from d2llm.models.tokens import TextKind
 from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
 from d2llm.ops.token_alignment import align_tokens, aligned_states
@@ -40,10 +43,10 @@ class Imitation(Pretraining):
     needs_same_tokens: ClassVar[bool] = False
 
     teacher: str | None = None
-    """The backbone to imitate, named as ``backbone.model``. By default the student's own model with all its layers, for
-    a student whose ``backbone.layers`` names some of them. If it has another tokenizer, states of tokens are compared
-    by the characters that the tokens of both share, which needs tokenizers with character offsets; ``vectors`` needs
-    none, and ``relations`` needs the same tokenizer."""
+    """The backbone to imitate, named as ``backbone.model``, or a student, whose tuned backbone is meant. By default the
+    student's own model with all its layers, for a student whose ``backbone.layers`` names some of them. If it has
+    another tokenizer, states of tokens are compared by the characters that the tokens of both share, which needs
+    tokenizers with character offsets; ``vectors`` needs none, and ``relations`` needs the same tokenizer."""
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe in which there is no backbone to imitate."""
@@ -54,16 +57,20 @@ class Imitation(Pretraining):
                 "with all of them"
             )
 
-    def load_teacher(self, backbone: Backbone) -> Backbone:
-        """The backbone to imitate."""
+    def load_teacher(self, backbone: Backbone) -> tuple[Backbone, str]:
+        """The backbone to imitate, and its fingerprint."""
         config = backbone.config
+        if self.teacher is not None and is_student(Path(self.teacher)):
+            student = Student.load(self.teacher, device=backbone.device, dtype=backbone.compute_dtype)
+            return student.backbone, student.fingerprint
         if self.teacher is None and config.layers is None:
             raise InputError(f"the pretraining {self.kind} needs a teacher: name a backbone to imitate")
         taught_by = config.model_copy(update={"layers": None, "tuning": Frozen(), "bidirectional": False})
         if self.teacher is not None:
             taught_by = BackboneConfig(model=self.teacher, tuning=Frozen())
         pooling = backbone.pooling if self.teacher is None else None
-        return Backbone.load(taught_by, pooling, device=backbone.device, dtype=backbone.compute_dtype)
+        teacher = Backbone.load(taught_by, pooling, device=backbone.device, dtype=backbone.compute_dtype)
+        return teacher, teacher.fingerprint_base()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ class ImitationTask(PretrainingTask):
 
     Attributes:
         teacher: the backbone to imitate.
+        teacher_fingerprint: that of its weights.
         readings: how it reads each text, by the student's tokens, if it has another tokenizer; else empty.
         linear: the map from the student's width to the teacher's, trained along and dropped in the end, if any.
     """
@@ -97,13 +105,15 @@ class ImitationTask(PretrainingTask):
         self.imitation = config
         self.readings: dict[tuple[int, ...], Reading] = {}
         self.teacher: Backbone | None = None
+        self.teacher_fingerprint = ""
 
     def tokenize(self, passages: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
         """The student's tokens; those of a teacher with another tokenizer are kept."""
         tokens = super().tokenize(passages, queries)
         if len({*map(tuple, tokens)}) < 2:
             return tokens
-        teacher = self.teacher = self.imitation.load_teacher(self.backbone)
+        teacher, self.teacher_fingerprint = self.imitation.load_teacher(self.backbone)
+        self.teacher = teacher
         if not _same_tokens(self.backbone, teacher, [*passages[:_COMPARED_TEXTS]], self.imitation):
             # Texts that are the same to the student need not be so to the teacher: one of its readings stays.
             self.readings = _readings(self.backbone, teacher, queries, "query", self.imitation)
@@ -116,7 +126,7 @@ class ImitationTask(PretrainingTask):
         """The teacher, and how it reads the texts."""
         readings = [self.readings[tuple(ids)] for ids in texts] if self.readings else []
         return {
-            "teacher": self.taught_by.fingerprint_base(),
+            "teacher": self.teacher_fingerprint,
             "readings": [[read.ids, read.pairs.tolist()] for read in readings],
         }
 

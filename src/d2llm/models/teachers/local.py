@@ -93,8 +93,6 @@ class LocalTeacher(nn.Module):
     kind: ClassVar[Literal["causal", "seq2seq", "classifier"]]
     _auto_class: ClassVar[str]
     """The class of ``transformers`` that loads the model."""
-    _no_tuning: ClassVar[str] = ""
-    """Why this kind cannot be tuned; empty if it can."""
 
     def __init__(self, config: LocalTeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load what ``config.model`` names: pretrained weights, a folder that ``save`` wrote, or a shipped teacher.
@@ -210,14 +208,8 @@ class LocalTeacher(nn.Module):
 
         Raises:
             ModelError: the model has no layers for adapters, or none that can be computed again.
-            InputError: this kind of teacher cannot be tuned, or full tuning was requested but the weights are not
-                float32.
+            InputError: full tuning was requested but the weights are not float32.
         """
-        if self._no_tuning:
-            raise InputError(
-                f"'{self.config.model}' is a {self.kind} model, which cannot be tuned here ({self._no_tuning}); tune a "
-                "causal model or a classifier, or use this one as it is"
-            )
         if tuning == "full":
             if self.quantization != "none" or next(self.model.parameters()).dtype != torch.float32:
                 raise InputError("full tuning needs float32 weights; load the teacher with dtype='float32'")

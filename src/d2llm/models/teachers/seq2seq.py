@@ -25,7 +25,6 @@ class Seq2SeqTeacher(LocalTeacher):
 
     kind = "seq2seq"
     _auto_class = "AutoModelForSeq2SeqLM"
-    _no_tuning = "its embeddings and its head share weights, which adapters would separate"
 
     def __init__(self, config: LocalTeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load the model; see ``LocalTeacher``."""
