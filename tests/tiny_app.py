@@ -53,7 +53,7 @@ def tiny_router() -> APIRouter:
     return router
 
 
-def tiny_app(settings: ServeSettings) -> FastAPI:
+def tiny_app(settings: ServeSettings, lifecycle: Lifecycle | None = None) -> FastAPI:
     app = FastAPI()
     app.state.telemetry = Telemetry()
     app.include_router(tiny_router())
@@ -64,14 +64,15 @@ def tiny_app(settings: ServeSettings) -> FastAPI:
         return {"status": "ready"}
 
     install_error_handlers(app)
-    lifecycle = Lifecycle()
-    lifecycle.state = "ready"
+    if lifecycle is None:
+        lifecycle = Lifecycle()
+        lifecycle.state = "ready"
     install_middleware(app, settings, app.state.telemetry, lifecycle)
     return app
 
 
-def tiny_client(keys_file: Path | None = None, **settings: object) -> TestClient:
-    app = tiny_app(ServeSettings(keys_file=keys_file, **settings))  # pyright: ignore[reportArgumentType]
+def tiny_client(keys_file: Path | None = None, lifecycle: Lifecycle | None = None, **settings: object) -> TestClient:
+    app = tiny_app(ServeSettings(keys_file=keys_file, **settings), lifecycle)  # pyright: ignore[reportArgumentType]
     return TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=True)
 
 

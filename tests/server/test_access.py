@@ -11,6 +11,7 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from d2llm.server.access import Allowance, RateLimiter, is_open, scope_needed
 from d2llm.server.keys import add_key, remove_key
+from d2llm.server.running import Lifecycle
 from tiny_app import tiny_client
 
 SEARCH = {"texts": ["q"]}
@@ -155,6 +156,14 @@ def test_without_keys_addresses_are_limited_only_if_configured():
     limited = tiny_client(requests_per_minute=1)
     statuses = [limited.post("/v1/search", json=SEARCH).status_code for _ in range(3)]
     assert statuses == [200, 429, 429]
+
+
+def test_what_is_refused_because_the_server_is_not_ready_does_not_count():
+    client = tiny_client(requests_per_minute=1, lifecycle=(lifecycle := Lifecycle()))
+    assert {client.post("/v1/search", json=SEARCH).status_code for _ in range(3)} == {503}
+    assert [client.get("/metrics").status_code for _ in range(2)] == [200, 429]  # answered in every state
+    lifecycle.become("ready")
+    assert client.post("/v1/search", json=SEARCH).status_code == 429  # the same client
 
 
 def test_requests_are_forgotten_after_a_minute_whatever_the_clock_says(monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from d2llm.server.app import make_app
+from d2llm.server.running import Lifecycle
 from d2llm.server.settings import ServeSettings
 from live_server import patient, serve, wait_until_ready
 from running_server import Running, run
@@ -32,9 +33,11 @@ def server() -> Iterator[Running]:
     yield from run(request_seconds=SECONDS)
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with serve(tiny_app(ServeSettings(max_body_bytes=1_000, request_seconds=BODY_SECONDS))) as url:
+@pytest.fixture(scope="module", params=["ready", "starting"])
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    lifecycle = Lifecycle()
+    lifecycle.state = request.param
+    with serve(tiny_app(ServeSettings(max_body_bytes=1_000, request_seconds=BODY_SECONDS), lifecycle)) as url:
         yield url
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -162,16 +163,23 @@ class AccessMiddleware:
     """Refuses requests without a valid key (401), with a key of insufficient scope (403), or over the limit (429).
 
     A key for some indexes is refused if the address names another one; a name in the body is left to the route, which
-    gets the key as ``api_key`` in the request's state.
+    gets the key as ``api_key`` in the request's state. A request that comes while the server is ``not_ready`` for it
+    does not count for the limit: clients repeat it every second, and would have none left when the server is ready.
     """
 
     def __init__(
-        self, app: ASGIApp, ring: KeyRing | None, limiter: RateLimiter, requests_per_minute: int | None
+        self,
+        app: ASGIApp,
+        ring: KeyRing | None,
+        limiter: RateLimiter,
+        requests_per_minute: int | None,
+        not_ready: Callable[[Scope], Problem | None],
     ) -> None:
         self._app = app
         self._ring = ring
         self._limiter = limiter
         self._requests_per_minute = requests_per_minute
+        self._not_ready = not_ready
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and pass it on, or refuse it."""
@@ -214,6 +222,8 @@ class AccessMiddleware:
         return key, _problem_of_index(key, scope)
 
     async def _count(self, scope: Scope, key: ApiKey | None) -> Allowance | None:
+        if self._not_ready(scope) is not None:
+            return None
         if key is not None and key.requests_per_minute is not None:
             return await self._limiter.take(f"key {key.name}", key.requests_per_minute)
         if self._requests_per_minute is None:

@@ -73,12 +73,17 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
     """
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
     storage = None if settings.rate_limit_storage is None else settings.rate_limit_storage.get_secret_value()
-    app.add_middleware(Gate, problem_of=partial(problem_of_state, lifecycle=lifecycle))
+    not_ready = partial(problem_of_state, lifecycle=lifecycle)
+    app.add_middleware(Gate, problem_of=not_ready)  # behind the body, whose time is limited in every state
     app.add_middleware(CancelWhenGone)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(BodyMiddleware, max_body_bytes=settings.max_body_bytes, seconds=settings.request_seconds)
     app.add_middleware(
-        AccessMiddleware, ring=ring, limiter=RateLimiter(storage), requests_per_minute=settings.requests_per_minute
+        AccessMiddleware,
+        ring=ring,
+        limiter=RateLimiter(storage),
+        requests_per_minute=settings.requests_per_minute,
+        not_ready=not_ready,
     )
     if settings.cors_origins:
         app.add_middleware(
