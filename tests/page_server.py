@@ -18,6 +18,7 @@ from d2llm.models.teachers.pair_teacher import PairTeacher, TeacherScores, TextP
 from d2llm.ops.rereading import StudentError
 from d2llm.recipe import TeacherConfig
 from d2llm.retrieval.calibrate import write_error
+from d2llm.store.shards import Storage
 from e2e.small_corpus import SENTENCES
 from tiny_models import write_tiny_model
 from tiny_server import write_tiny_index
@@ -131,5 +132,7 @@ def write_taught_index(folder: Path) -> dict[str, Any]:
     """Server settings for a tiny index with a tiny language model as teacher and a stored student error."""
     index, teacher = write_tiny_index(folder), str(write_tiny_model(folder / "teacher", "llama"))
     model = load_teacher(TeacherConfig(prompt="short").named(teacher), dtype="float32")
-    write_error(index, model, "asymmetric", StudentError(0.1, 0.0, 0.5))  # uncertain about some passages, not about all
+    write_error(
+        Storage.open(index), model, "asymmetric", StudentError(0.1, 0.0, 0.5)
+    )  # uncertain about some passages, not about all
     return {"index": index, "teacher": teacher, "prompt": "short", "teacher_ms": 60_000}

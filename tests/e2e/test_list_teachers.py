@@ -14,6 +14,7 @@ from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.ops.rereading import StudentError
 from d2llm.recipe.recipe import named_teacher
 from d2llm.retrieval.calibrate import write_error
+from d2llm.store.shards import Storage
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 from list_endpoint import KINDS, judged_lists, list_teacher, recipe_with_teacher, shared_words
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index
@@ -107,7 +108,7 @@ def test_the_server_reranks_with_it(tiny_index: Path, tmp_path: Path, kind: str)
     with list_teacher(tmp_path, kind) as (file, endpoint):
         if kind == "graded":
             teacher = load_teacher(named_teacher(str(file)))
-            write_error(tiny_index, teacher, "asymmetric", StudentError(1.0, 0.0, 50.0))
+            write_error(Storage.open(tiny_index), teacher, "asymmetric", StudentError(1.0, 0.0, 50.0))
         app = make_app(tiny_settings(tiny_index, teacher=str(file), teacher_ms=60_000))
         with serve(app) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
             wait_until_ready(address)

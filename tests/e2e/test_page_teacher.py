@@ -18,7 +18,7 @@ from tiny_server import tiny_settings
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
 from d2llm.server.app import make_app
-from d2llm.store.index_manifest import ERRORS_FILE
+from d2llm.store.index_manifest import change_manifest, read_errors, write_errors
 from live_server import serve, wait_until_ready
 
 QUERY = "the cat by the sea"
@@ -369,9 +369,8 @@ def test_a_reranker_of_another_package_can_be_chosen(visit, settings, longest):
 
 
 def test_an_uncalibrated_teacher_has_no_cascade(visit, address, settings):
-    errors = settings["index"] / ERRORS_FILE
-    content = errors.read_bytes()
-    errors.unlink()
+    content = read_errors(settings["index"])
+    change_manifest(settings["index"], student_errors={})
     try:
         page = visit(f"{address}/{BESIDE}")
         wait_for_columns(page, 2)
@@ -380,7 +379,7 @@ def test_an_uncalibrated_teacher_has_no_cascade(visit, address, settings):
         page.get_by_role("radio", name="Teacher").check()
         wait_for_columns(page)
     finally:
-        errors.write_bytes(content)
+        write_errors(settings["index"], content)
 
 
 def facts_of(page):

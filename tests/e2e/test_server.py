@@ -21,6 +21,7 @@ from d2llm.retrieval.calibrate import write_error
 from d2llm.retrieval.context import build_context
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.rewriting import Rewriter
+from d2llm.store.shards import Storage
 from local_endpoint import Reply, chat, local_endpoint
 from tiny_models import write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index, write_tiny_student
@@ -443,7 +444,7 @@ def test_a_teacher_reads_again(tmp_path):
     folder = write_tiny_index(tmp_path)
     teacher = write_tiny_model(tmp_path / "teacher", "llama")
     model = load_teacher(TeacherConfig(model=str(teacher), prompt="short"), dtype="float32")
-    write_error(folder, model, "asymmetric", StudentError(1.0, 0.0, 2.0))
+    write_error(Storage.open(folder), model, "asymmetric", StudentError(1.0, 0.0, 2.0))
     passages = {passage.id: passage for passage in tiny_passages()}
     with (
         served(folder, teacher=str(teacher), prompt="short", teacher_ms=60_000) as address,

@@ -15,7 +15,7 @@ from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
-from d2llm.store.index_manifest import Chunking, write_chunking
+from d2llm.store.index_manifest import Chunking, read_errors, write_chunking, write_errors
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import bytes_at_rest
 from d2llm.store.shards import Storage, read_sharded_manifest, shard_of
@@ -23,6 +23,7 @@ from fake_models import FakeStudent, Interruption
 from sharded_index import BoundedStudent, random_passages, results_of
 
 STUDENT = BoundedStudent()
+ERRORS = {"teacher": {"slope": 2.0}}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def made(tmp_path_factory):
     one.upsert(random_passages(50))
     one.delete([f"p{n}" for n in range(0, 50, 7)])
     write_chunking(folder / "one", Chunking(64))
+    write_errors(folder / "one", ERRORS)
     report = shard(folder / "one", folder / "three", 3)
     return folder, report
 
@@ -66,6 +68,7 @@ def test_nothing_is_lost_or_encoded(made):
     sizes = [len(view) for view in three.view.segments]
     assert (report.fewest, report.most) == (min(sizes), max(sizes))
     assert three.chunking == Chunking(64)
+    assert read_errors(three.folder) == ERRORS
     assert three.verify().problems == []
     assert three.storage.manifest["student_source"] is None
     assert sorted(path.name for path in folder.iterdir()) == ["one", "three"]

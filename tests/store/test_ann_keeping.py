@@ -8,7 +8,7 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.retrieval import build_ann as module
 from d2llm.retrieval.build_ann import build_ann, renew_ann
-from d2llm.store.index_manifest import ERRORS_FILE
+from d2llm.store.index_manifest import read_errors, write_errors
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
@@ -42,12 +42,12 @@ def test_stats_report_the_indexed_passages(store, tmp_path):
 
 
 def test_a_snapshot_includes_the_ann_index(store):
-    (store.folder / ERRORS_FILE).write_text("{}")
+    write_errors(store.folder, {"teacher": {"slope": 2.0}})
     before = PassageView(store)
     folder = store.snapshot("then")
     put_vectors(store, NUM, clustered(3, seed=8))
     snapshot = IndexStore.open(folder)
-    assert (folder / ERRORS_FILE).read_text() == "{}"
+    assert read_errors(folder) == {"teacher": {"slope": 2.0}}
     assert stats(snapshot).ann_passages == NUM
     copy, original = PassageView(snapshot).ann, before.ann
     assert copy.record == original.record

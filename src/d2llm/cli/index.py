@@ -472,7 +472,7 @@ def calibrate(
 ) -> None:
     """Measure the error of the index's student against a teacher, for `--reranker cascade`.
 
-    The teacher reads ten of the first fifty passages of each query. The result is stored beside the index.
+    The teacher reads ten of the first fifty passages of each query. The result is stored in the index's manifest.
     """
     import random
 
@@ -489,10 +489,10 @@ def calibrate(
     error = measure_error(index.view, index.student, model, sample, task=task)
     index_task = task or index.view.task
     score_features = weights_for(index.view, index.student, index_task)
-    file = write_error(folder_of(context), model, index_task, error, score_features)
+    write_error(index.storage, model, index_task, error, score_features)
     session.say(
         f"calibrate: a passage's log-odds are {error.slope:.3g} times the student's score, within {error.sigma:.2f} "
-        f"(standard deviation over {counted(error.num_pairs, 'pair')}); stored in {file}"
+        f"(standard deviation over {counted(error.num_pairs, 'pair')}); stored in {index.folder}"
     )
     session.write_report(context, opening.json_path, error)
 

@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
-from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import check_kind
 from d2llm.core.types import Task
@@ -21,10 +20,8 @@ from d2llm.ops.rereading import StudentError, calibrate_error
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.store.checksums import read_checked, write_checked
-from d2llm.store.index_manifest import ERRORS_FILE
-
-_ERRORS = TypeAdapter(dict[str, StudentError])
+from d2llm.store.index_manifest import read_errors, write_errors
+from d2llm.store.shards import Storage
 
 
 def measure_error(
@@ -70,22 +67,22 @@ def measure_error(
 
 
 def write_error(
-    folder: Path,
+    storage: Storage,
     teacher: PairTeacher,
     task: Task,
     error: StudentError,
     score_features: FeatureWeights | None = None,
-) -> Path:
-    """Store an error beside an index, for this teacher and task; those of other teachers are kept. Returns the file.
+) -> None:
+    """Store an error in the manifest of an index, for this teacher and task; those of other teachers are kept.
 
     ``score_features`` holds the feature weights used in the scores (``weights_for``); each set of weights has its own
     error.
+
+    Raises:
+        IndexLockedError: another process is writing.
     """
-    file = folder / ERRORS_FILE
-    known = _read_errors(file) if file.is_file() else {}
-    known[_key(teacher, task, score_features)] = error
-    write_checked(file, {key: asdict(value) for key, value in known.items()})
-    return file
+    with storage.locked():
+        write_errors(storage.folder, {_key(teacher, task, score_features): asdict(error)})
 
 
 def read_error(
@@ -95,35 +92,18 @@ def read_error(
 
     Raises:
         InputError: no error is stored for this teacher, task and score features, or the teacher ranks lists.
-        DataFormatError: the file cannot be read.
+        DamagedFileError: the index's manifest is damaged.
     """
     if ranks_lists(teacher):
         raise InputError(RANKING_TEACHER)
-    file = folder / ERRORS_FILE
-    error = (_read_errors(file) if file.is_file() else {}).get(_key(teacher, task, score_features))
+    error = read_errors(folder).get(_key(teacher, task, score_features))
     if error is None:
         raise InputError(
             f"{folder}: the error of its student, with its current scores, against this teacher ({task}) has not been "
             "measured; measure it with "
             "`d2llm index INDEX calibrate --teacher NAME --queries FILE`"
         )
-    return error
-
-
-def error_problems(folder: Path) -> list[str]:
-    """What is wrong with the stored errors, for ``verify``; nothing, if there are none."""
-    try:
-        _ = (folder / ERRORS_FILE).is_file() and _read_errors(folder / ERRORS_FILE)
-    except DataFormatError as error:
-        return [str(error)]
-    return []
-
-
-def _read_errors(file: Path) -> dict[str, StudentError]:
-    try:
-        return _ERRORS.validate_python(read_checked(file))
-    except (ValidationError, ValueError, InputError) as error:
-        raise DataFormatError(file, f"cannot be read ({error}); delete it and calibrate again") from error
+    return StudentError(**error)
 
 
 def _key(teacher: PairTeacher, task: Task, score_features: FeatureWeights | None) -> str:

@@ -19,7 +19,7 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import PartKind
 from d2llm.store.blocks import rows_of
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.index_manifest import SHARDED_KIND, copy_errors, find_index, read_chunking, write_chunking
+from d2llm.store.index_manifest import SHARDED_KIND, copy_notes, find_index
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
@@ -95,7 +95,7 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
             copy.add(store, table)
         for store in target.stores:
             store.compact(timedelta(0))
-    _copy_notes(source.folder, draft)
+    copy_notes(source.folder, draft)
     num_bytes = sum(folder_bytes(store.folder) for store in target.stores)
     if remote is None:
         replace_folder(draft, folder)
@@ -131,12 +131,7 @@ def _upload(target: Storage, remote: str, folder: Path) -> None:
         records.append(replace(record, address=url, files=upload_shard(store.folder, url)))
     with new_folder(folder, kind=SHARDED_KIND) as new:
         write_sharded_manifest(new, target.manifest, records)
-        _copy_notes(target.folder, new)
-
-
-def _copy_notes(source: Path, target: Path) -> None:
-    write_chunking(target, read_chunking(source))
-    copy_errors(source, target)
+        copy_notes(target.folder, new)
 
 
 class _Copy:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import PartKind, Passage
 from d2llm.models.protocols import SearchStudent
-from d2llm.retrieval.calibrate import error_problems
 from d2llm.retrieval.reading import read_tokens, read_windows
 from d2llm.retrieval.upserting import check_projection
 from d2llm.store.inspection import VerifyReport, verify_all
@@ -45,5 +43,4 @@ def verify_index(
             advance(len(texts))
             return encoded
 
-        report = verify_all(storage, repair=repair, drop_lost=drop_lost, encode=encode, encode_parts=encode_parts)
-    return replace(report, problems=[*report.problems, *error_problems(storage.folder)])
+        return verify_all(storage, repair=repair, drop_lost=drop_lost, encode=encode, encode_parts=encode_parts)

@@ -1,11 +1,11 @@
 """The manifest of an index: its student, task and vector format, which stay, and how documents are chunked.
 
-The chunking is chosen when the first documents come. It is in the manifest, so that it cannot be lost alone.
+The chunking is chosen when the first documents come, and the student's errors against teachers are measured at any
+time. They are in the manifest, so that they cannot be lost alone.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ def require_index(folder: Path) -> None:
 
 
 def read_index_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index, without its chunking, which may change.
+    """The manifest of an index, without what may change: its chunking, and the errors of its student.
 
     Raises:
         DataFormatError: it is missing, damaged, or has another format.
@@ -74,8 +74,7 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
     wrong += [name for name in (*INDEX_FIELDS, "snapshot", CHUNKING) if name not in {*manifest, *wrong}]
     if wrong:
         raise DataFormatError(folder / MANIFEST_NAME, f"has no valid {', '.join(wrong)}; restore it from a copy")
-    del manifest[CHUNKING]
-    return manifest
+    return without_notes(manifest)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -93,18 +92,10 @@ def change_manifest(folder: Path, copy: Path | None = None, **changes: Any) -> N
     write_checked((copy or folder) / MANIFEST_NAME, _read(folder) | changes)
 
 
-ERRORS_FILE = "student-errors.json"
-"""Written by ``retrieval.calibrate``."""
-
-
-def copy_errors(source: Path, target: Path) -> None:
-    """Copy the measured errors of the student, if there are any, from one index to another of the same passages."""
-    if (source / ERRORS_FILE).is_file():
-        shutil.copy2(source / ERRORS_FILE, target)
-
-
 CHUNKING = "chunking"
 """Entry of a manifest: how documents are chunked into passages, so that the next writer chunks them the same way."""
+_ERRORS = "student_errors"
+"""Entry of a manifest: errors of the student against teachers (``retrieval.calibrate``), if some were measured."""
 CHUNK_TOKENS = 128
 """Default tokens of a passage: the best on long articles (docs/index.md) for students that read this many."""
 
@@ -152,6 +143,32 @@ def write_chunking(folder: Path, chunking: Chunking | None) -> None:
     """Store the chunking; None lets the next writer choose it. Requires the write lock."""
     entry: Any = None if chunking is None else asdict(chunking)
     change_manifest(folder, **{CHUNKING: entry})
+
+
+def read_errors(folder: Path) -> dict[str, Any]:
+    """The errors of the student of an index, sharded or not; empty if none were measured.
+
+    Raises:
+        DamagedFileError: the manifest is damaged.
+    """
+    return _read(folder).get(_ERRORS, {})
+
+
+def write_errors(folder: Path, errors: Mapping[str, Any]) -> None:
+    """Add errors to those that are known. Requires the lock."""
+    change_manifest(folder, **{_ERRORS: {**read_errors(folder), **errors}})
+
+
+def without_notes(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest without what may change."""
+    return {name: value for name, value in manifest.items() if name not in (CHUNKING, _ERRORS)}
+
+
+def copy_notes(source: Path, target: Path) -> None:
+    """Copy what may change from the manifest of an index to that of another one with the same passages."""
+    write_chunking(target, read_chunking(source))
+    if errors := read_errors(source):
+        write_errors(target, errors)
 
 
 def repeats_text(folder: Path) -> bool:

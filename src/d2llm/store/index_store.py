@@ -47,14 +47,11 @@ from d2llm.store.blocks import (
     write_words,
 )
 from d2llm.store.index_manifest import (
-    ERRORS_FILE,
     KIND,
     VectorCopies,
     change_manifest,
-    copy_errors,
-    read_chunking,
+    copy_notes,
     read_index_manifest,
-    write_chunking,
     write_index_manifest,
 )
 from d2llm.store.index_spec import StoredSpec
@@ -138,7 +135,6 @@ class IndexStore:
         """A new store with the passages of a snapshot, or of a copy of one; errors as for ``create`` and ``open``."""
         manifest = cls.open(snapshot).manifest
         store = cls.create(folder, StoredSpec.of_manifest(manifest), shard=manifest.get("shard"))
-        copy_errors(snapshot, folder)
         store.restore(snapshot)
         return store
 
@@ -481,7 +477,7 @@ class IndexStore:
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
                 self.vectors.file_to_extend(table := self.table())  # ensures that the vectors are complete
                 table.copy_to(draft)
-                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), self.folder / ERRORS_FILE]
+                kept = vector_file.files_of(self.folder, self.vectors.generation(table))
                 for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
                 change_manifest(self.folder, draft, snapshot=name)
@@ -501,8 +497,9 @@ class IndexStore:
     def restore(self, snapshot: str | Path) -> int:
         """Replace the passages of the index by those of a snapshot, in one commit; returns their number.
 
-        Further documents are chunked like those of the snapshot. The previous passages stay in the earlier version
-        until ``compact`` removes it. ``snapshot`` is its name, or the folder of a copy.
+        Further documents are chunked like those of the snapshot, and errors measured then are known again. The previous
+        passages stay in the earlier version until ``compact`` removes it. ``snapshot`` is its name, or the folder of a
+        copy.
 
         Raises:
             IndexMismatchError: the copy is that of an index with other vectors.
@@ -513,9 +510,8 @@ class IndexStore:
             if made.model_copy(update={"student_source": ours.student_source}) != ours:
                 problem = f"its vectors are not made and stored as those of {self.folder}"
                 raise IndexMismatchError(f"{source.folder}: {problem}; restore it to the name of a new index")
-            chunking = read_chunking(source.folder)
             num_passages = self._rewrite(source)
-            write_chunking(self.folder, chunking)
+            copy_notes(source.folder, self.folder)
             self.update_word_files()
             return num_passages
 

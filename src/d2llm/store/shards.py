@@ -34,7 +34,7 @@ from d2llm.core.manifest import package_versions, read_manifest
 from d2llm.core.shipped import name_student
 from d2llm.core.types import MissingShard, PartKind, Passage
 from d2llm.store.checksums import read_checked, write_checked
-from d2llm.store.index_manifest import CHUNKING, INDEX_FIELDS, change_manifest
+from d2llm.store.index_manifest import CHUNKING, INDEX_FIELDS, change_manifest, without_notes
 from d2llm.store.index_manifest import SHARDED_KIND as KIND
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore, check_maker
@@ -325,7 +325,7 @@ def _entry(records: Iterable[ShardRecord]) -> dict[str, Any]:
 
 
 def read_sharded_manifest(folder: Path) -> tuple[dict[str, Any], list[ShardRecord]]:
-    """The manifest of a sharded index, without its shards and its chunking, and the shards.
+    """The manifest of a sharded index, without its shards and what else may change, and the shards.
 
     Raises:
         DataFormatError: it is missing, damaged, or has another format.
@@ -335,16 +335,15 @@ def read_sharded_manifest(folder: Path) -> tuple[dict[str, Any], list[ShardRecor
     try:
         manifest = cast("dict[str, Any]", read_checked(path))
         records = [ShardRecord(**record) for record in manifest.pop("shards")]
-        del manifest[CHUNKING]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataFormatError(
             path, f"cannot be used ({error}); restore it from a copy, or shard the index again"
         ) from error
-    if not records or not {"index", *INDEX_FIELDS} <= manifest.keys():
+    if not records or not {"index", CHUNKING, *INDEX_FIELDS} <= manifest.keys():
         raise DataFormatError(
             path, "does not describe a sharded index; restore it from a copy, or shard the index again"
         )
-    return manifest, records
+    return without_notes(manifest), records
 
 
 def open_shard(
