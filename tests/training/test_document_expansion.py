@@ -159,7 +159,7 @@ def test_it_is_stored_with_the_student(expanding: Student, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"does not fit 5 words and vectors of width 7 \(middle, weights\)"):
         DocumentExpansion.read(tmp_path / "s", expanding.fingerprint, Widths(7, 0))
     (tmp_path / "s" / DocumentExpansion.file_name).write_bytes(b"nothing")
-    with pytest.raises(ModelError, match="delete the file to index passages without"):
+    with pytest.raises(ModelError, match="delete the file and its name in the manifest to index passages without"):
         Student.load(tmp_path / "s", device="cpu", dtype="float32")
 
 

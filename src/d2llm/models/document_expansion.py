@@ -125,7 +125,8 @@ class DocumentExpansion:
         path = folder / cls.file_name
         if not path.is_file():
             return None
-        remedy = "restore the student's folder, or delete the file to index passages without further words"
+        less = "delete the file and its name in the manifest to index passages without further words"
+        remedy = f"restore the student's folder, or {less}"
         arrays: dict[str, Any] = load_arrays(path, remedy=remedy)
         metadata = load_metadata(path)
         if (owner := metadata.get("student")) != student:
@@ -139,7 +140,7 @@ class DocumentExpansion:
         if (rule := metadata.get("word_rule")) != str(WORD_RULE):
             raise ModelError(
                 f"{path} has words by rule {rule}, but this d2llm makes them by rule {WORD_RULE}; fit it again with "
-                "`d2llm fit-scores --document-expansion`, or delete the file to index passages without further words"
+                f"`d2llm fit-scores --document-expansion`, or {less}"
             )
         num = len(expansion.terms)
         shapes = {"usual": (num,), "middle": (widths.vectors,), "weights": (widths.vectors, num), "rarity": (num,)}

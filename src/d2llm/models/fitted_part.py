@@ -55,7 +55,7 @@ class FittedPart(FittedValues):
         path = folder / cls.file_name
         if not path.is_file():
             return None
-        remedy = f"restore the student's folder, or delete the file to {cls.without}"
+        remedy = f"restore the student's folder, or delete the file and its name in the manifest to {cls.without}"
         try:
             content: dict[str, Any] = json.loads(path.read_bytes())
             owner, version, kind = (content.pop(name) for name in ("student", "format_version", "kind"))

@@ -261,6 +261,7 @@ class Student(StudentEncoder):
             for name in _FITTED_PARTS:
                 if part := getattr(self, name):
                     part.write(temporary, self.fingerprint)
+            manifest[files.FILES] = files.saved_files(temporary)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
         self.source = source_of(folder)

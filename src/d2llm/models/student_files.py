@@ -31,6 +31,8 @@ HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter_model.sa
 ADAPTER_CONFIG_FILE, CARD_FILE, MODULES_FILE = "adapter_config.json", "README.md", "modules.json"
 ADAPTER_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE)
 CONTENT_HASH = "sha256"  # in the manifest: ``content_sha256`` when it was written
+FILES = "files"  # in the manifest: ``saved_files`` when it was written
+_SAVED = (".safetensors", ".json")
 RESTORE = "restore the student's folder"
 
 
@@ -44,6 +46,9 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
     missing = {"config", "fingerprint", "base_fingerprint", "pooling", CONTENT_HASH} - manifest.keys()
     if missing:
         raise DataFormatError(folder / MANIFEST, f"lacks {', '.join(sorted(missing))}; {RESTORE}")
+    if lost := [name for name in manifest.get(FILES, ()) if not (folder / name).is_file()]:
+        remedy = f'{RESTORE}, or take what is to be missing out of "{FILES}" in {MANIFEST}'
+        raise DataFormatError(folder, f"lacks {', '.join(lost)}, saved with the student; {remedy}")
     try:
         config = StudentConfig.model_validate(manifest["config"])  # says which package a pooling may lack
     except ValidationError as error:
@@ -55,6 +60,12 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
             folder / MANIFEST, f"has the pooling {manifest['pooling']!r:.60}, which is none; {RESTORE}"
         )
     return manifest, config
+
+
+def saved_files(folder: Path) -> list[str]:
+    """The names of the files of weights and settings below a student's folder, but for its manifest."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _SAVED)
+    return sorted(name for name in names if name != MANIFEST)
 
 
 def trained_tasks(manifest: Mapping[str, Any]) -> tuple[Task, ...]:

@@ -111,7 +111,7 @@ class StoredProjection(ChosenTokens):
         path = folder / cls.file_name
         if not path.is_file():
             return None
-        remedy = "restore the student's folder, or delete the file and score_features.json to search without them"
+        remedy = "restore the student's folder"
         arrays = load_arrays(path, remedy=remedy)
         weight, rarity = arrays.get("weight"), arrays.get("rarity")
         if weight is None or rarity is None or weight.ndim != 2 or weight.shape[1] != widths.states or rarity.ndim != 1:
