@@ -236,8 +236,13 @@ class TestSearch:
         assert len(reader) == 6
         index.upsert([Passage("p3", "cat sleeps"), Passage("p8", "cat sleeps")])
         assert search_ids(reader, "cat sleeps", top_k=1) == ["p0"]
-        reader.refresh()
+        reader.refresh(if_newer=True)
         assert search_ids(reader, "cat sleeps", top_k=2) == ["p3", "p8"]
+        view = reader.view
+        reader.refresh(if_newer=True)
+        assert reader.view is view
+        reader.refresh()
+        assert reader.view is not view
 
     def test_another_student_is_refused(self, index):
         with pytest.raises(IndexMismatchError, match="fake-student"):

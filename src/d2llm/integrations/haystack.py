@@ -252,8 +252,8 @@ class D2LLMRetriever(_Component):
             index = Index.open(Path(self.index), student, device=self.device, dtype=self.dtype)
             _ = index.student  # loaded now, not with the first query
             self._index = index
-        elif self._index.view.version != self._index.storage.version:  # nobody else holds it, to refresh it
-            self._index.refresh()
+        else:
+            self._index.refresh(if_newer=True)  # nobody else holds it
         return self._index
 
     def _search_settings(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:

@@ -315,9 +315,11 @@ class OpenIndex:
     def _cached_bounds(self) -> CachedBounds:
         return CachedBounds()
 
-    def refresh(self) -> None:
-        """Switch to the latest version."""
-        _ = self.storage  # refuses a closed one
+    def refresh(self, *, if_newer: bool = False) -> None:
+        """Switch to the latest version; with ``if_newer``, only if there is a later one, which is quick to ask."""
+        storage = self.storage  # refuses a closed one
+        if if_newer and storage.version == self.view.version:
+            return
         for name in ("_view", "_cached_bounds"):
             self.__dict__.pop(name, None)
 
