@@ -312,7 +312,19 @@ class ScoreFeaturesConfig(Section):
         return self
 
 
-class TeacherTuningConfig(Section):
+class LanguageModelTuning(WarmUpConfig):
+    """What tunings of a teacher and of a writer share."""
+
+    learning_rate: float = Field(default=5e-4, gt=0)
+    part_tokens: int | None = Field(default=None, ge=1)
+    """Tokens, including padding, in one pass through the model; gradients are accumulated over passes. By default 512
+    on a CPU, and 2,048 to 32,768 elsewhere: the more, the smaller the model and the larger the memory."""
+    max_queries: int | None = Field(default=None, ge=1)
+    """Train on a random sample of this many queries of each data set."""
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+
+
+class TeacherTuningConfig(LanguageModelTuning):
     """Tuning of the teacher on labelled pairs."""
 
     loss: Literal["pairs", "lists"] = "pairs"
@@ -330,14 +342,9 @@ class TeacherTuningConfig(Section):
     gradient_checkpointing: bool = False
     """Keep only the inputs of each layer for the backward pass and compute the rest again: less memory for a long
     pair, about a third more time, the same result."""
-    learning_rate: float = Field(default=5e-4, gt=0)
-    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     epochs: int = Field(default=1, ge=0)
     """0: do not tune the teacher."""
     batch_pairs: int = Field(default=32, ge=1)
-    part_tokens: int | None = Field(default=None, ge=1)
-    """Tokens, including padding, in one pass through the model; gradients are accumulated over passes. By default 512
-    on a CPU, and 2,048 to 32,768 elsewhere: the more, the smaller the model and the larger the memory."""
     graph_gib: float | None = Field(default=None, gt=0)
     """Memory for the intermediate results of a query's passages that exceed ``part_tokens``, in GiB; by default a third
     of what is free when the run starts. What does not fit is computed twice, with the same result."""
@@ -350,8 +357,6 @@ class TeacherTuningConfig(Section):
     """A folder of labels that another teacher made, as ``labels`` of a run folder: its P(yes) are the targets of the
     pairs that it has scored, so that what a large language model said about some lists becomes a teacher that scores
     any. Other pairs keep the data sets' judgements."""
-    max_queries: int | None = Field(default=None, ge=1)
-    checkpoint_minutes: float = Field(default=5.0, gt=0)
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations on held-out queries; the best state is kept. By default there are no evaluations, and
     the last state is kept."""
@@ -393,21 +398,16 @@ class TeacherTuningConfig(Section):
         return teacher.quantization if isinstance(teacher, LocalTeacherConfig) else "none"
 
 
-class WriterTuningConfig(Section):
+class WriterTuningConfig(LanguageModelTuning):
     """Tuning of a local writer on the judged queries of data sets."""
 
     lora: LoraConfig = LoraConfig(rank=16, alpha=32, dropout=0.0)
     """Without dropout, which takes a tenth of a step on a CPU: in one epoch, no example comes twice."""
-    learning_rate: float = Field(default=5e-4, gt=0)
     warmup_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Fraction of the steps during which the rate rises from 0 to its full value."""
     epochs: int = Field(default=1, ge=1)
     batch_tokens: int = Field(default=4096, ge=1)
     """Tokens, including padding, in one step."""
-    part_tokens: int | None = Field(default=None, ge=1)
-    """Tokens, including padding, in one pass through the model; gradients are accumulated over passes. By default 512
-    on a CPU, and 2,048 to 32,768 elsewhere: the more, the smaller the model and the larger the memory."""
-    max_queries: int | None = Field(default=None, ge=1)
-    """Train on a random sample of this many queries of each data set."""
     dev_queries: int = Field(default=100, ge=0)
     """Dev queries of each data set on which the loss is measured before and after training."""
     keywords_fraction: float = Field(default=0.25, ge=0, le=1)
@@ -415,10 +415,9 @@ class WriterTuningConfig(Section):
     hardly any."""
     exclude_shared_passages: bool = True
     """Leave out training queries that share a positive with a dev or test query."""
-    checkpoint_minutes: float = Field(default=5.0, gt=0)
 
 
-class ReaderTuningConfig(Section):
+class ReaderTuningConfig(WarmUpConfig):
     """Tuning of a causal language model that reads passages as vectors (``models.listwise_reader``)."""
 
     model: str = "smollm2"
@@ -452,5 +451,4 @@ class ReaderTuningConfig(Section):
     """Learning rate of the network alone."""
     lora_rate: float = Field(default=5e-4, gt=0)
     """Learning rate with LoRA, for the network too."""
-    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     checkpoint_minutes: float = Field(default=5.0, gt=0)

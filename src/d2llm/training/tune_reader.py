@@ -305,7 +305,7 @@ def train_reader(
             folder / name,
             settings,
             seed=seed,
-            warmup_steps=int(config.warmup_fraction * stage.total_steps),
+            warmup_steps=config.warmup_of(stage.total_steps),
             checkpoint_minutes=config.checkpoint_minutes,
         )
         trainer.train()

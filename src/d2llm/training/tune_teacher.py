@@ -112,7 +112,7 @@ def tune_teacher(
         settings,
         shaping=tuning_settings,
         seed=seed,
-        warmup_steps=int(tuning.warmup_fraction * len(batches)),
+        warmup_steps=tuning.warmup_of(len(batches)),
         eval_every=tuning.eval_every if dev_pairs else None,
         lower_is_better=tuning.dev_measure == "cross_entropy",
         patience=tuning.patience,

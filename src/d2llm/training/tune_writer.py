@@ -161,7 +161,7 @@ def tune_writer(
         working_folder(folder),
         _settings(model, data, tuning, seed),
         seed=seed,
-        warmup_steps=int(tuning.warmup_fraction * run.total_steps),
+        warmup_steps=tuning.warmup_of(run.total_steps),
         eval_every=run.total_steps if run.dev else None,
         eval_start=bool(run.dev),
         checkpoint_minutes=tuning.checkpoint_minutes,
