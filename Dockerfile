@@ -4,8 +4,8 @@
 FROM python:3.11-slim
 
 RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*
-# A new volume takes over the owner of /data.
-RUN useradd --create-home --uid 1000 d2llm && install --directory --owner=d2llm --group=d2llm /data
+# A new volume takes over the owner of its folder. The cache has compiled loops, exported graphs and what comes from the Hub.
+RUN useradd --create-home --uid 1000 d2llm && install --directory --owner=d2llm --group=d2llm /data /home/d2llm/.cache
 
 WORKDIR /app
 COPY Makefile constraints.txt pyproject.toml README.md LICENSE ./

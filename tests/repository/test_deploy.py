@@ -150,9 +150,13 @@ class TestCompose:
         [service] = compose["services"].values()
         assert service["build"] == "."
         assert [port.rpartition(":")[0] for port in service["ports"]] == ["127.0.0.1:8000"]
-        [volume] = service["volumes"]
+        volume, cache = service["volumes"]
         [name, folder] = re.fullmatch(r"\$\{D2LLM_DATA:-(\w+)\}:(.+)", volume).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        assert (list(compose["volumes"]), [[folder]]) == ([name], instructions("VOLUME"))
+        cache_name, cache_folder = cache.split(":")
+        assert (list(compose["volumes"]), [[folder]]) == ([name, cache_name], instructions("VOLUME"))
+        [made] = [words for words in instructions("RUN") if "install" in words and "--directory" in words]
+        assert made[-2:] == [folder, cache_folder]  # so that they belong to the user
+        assert int(service["stop_grace_period"].removesuffix("s")) >= int(unit()["Service"]["TimeoutStopSec"])
         assert service["init"] is True
         assert service["environment"]["D2LLM_SERVE_ALLOW_UNAUTHENTICATED"] == "true"
 
