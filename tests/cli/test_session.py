@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import subprocess
 import sys
 from types import ModuleType
 
@@ -39,6 +41,23 @@ def test_the_last_collection_is_skipped_unless_triton_would_report_leaks(monkeyp
         monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
     _end_quickly()
     assert bool(frozen) is not loaded
+
+
+def test_another_ctrl_c_while_the_program_ends_is_no_traceback():
+    code = """
+import os, signal, sys, threading, time
+import d2llm.cli.main
+from d2llm.__main__ import main
+
+def verb():
+    threading.Thread(target=lambda: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGINT), time.sleep(60))).start()
+    sys.exit(130)
+
+d2llm.cli.main.main = verb
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
 def test_ctrl_c_while_the_program_is_imported_is_no_traceback(monkeypatch):

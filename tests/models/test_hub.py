@@ -206,6 +206,7 @@ class TestFetch:
         remote = {"url": "https://elsewhere/v1", "dimensions": 32, "api_key_env": "HOME"}
         manifest["config"]["backbone"] |= {"tuning": {"kind": "frozen"}, "remote": remote}
         manifest["config"]["pooling"] = {"kind": "auto"}
+        manifest["files"].remove("adapter_model.safetensors")
         (tmp_path / "student" / "manifest.json").write_text(json.dumps(manifest))
         (tmp_path / "student" / "adapter_model.safetensors").unlink()
         commit_folder(hub, tmp_path / "student")
