@@ -156,7 +156,8 @@ def read_errors(folder: Path) -> dict[str, Any]:
 
 def write_errors(folder: Path, errors: Mapping[str, Any]) -> None:
     """Add errors to those that are known. Requires the lock."""
-    change_manifest(folder, **{_ERRORS: {**read_errors(folder), **errors}})
+    entry: Any = {**read_errors(folder), **errors}
+    change_manifest(folder, **{_ERRORS: entry})
 
 
 def without_notes(manifest: Mapping[str, Any]) -> dict[str, Any]:
