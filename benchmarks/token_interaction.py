@@ -113,7 +113,7 @@ def encode_set(dataset: Dataset, task: Task, student: Student) -> dict[str, NDAr
         query_words = words.query(query.text)
         of_token = _terms_of_tokens(student, query)
         assert len(of_token) == len(query_tokens[number])
-        idfs.append(_idf(words, of_token, len(ids)))
+        idfs.append(token_idfs(words, of_token, len(ids)))
         score = partial(
             _scores,
             student=student,
@@ -216,7 +216,7 @@ def _terms_of_tokens(student: Student, query: Query) -> list[set[str]]:
     return found
 
 
-def _idf(words: WordIndex, of_token: Sequence[set[str]], num_passages: int) -> NDArray[np.float32]:
+def token_idfs(words: WordIndex, of_token: Sequence[set[str]], num_passages: int) -> NDArray[np.float32]:
     """The idf of each token's rarest term, as a fraction of the largest possible."""
     largest = np.log(1 + (num_passages + 0.5) / 0.5)
     values = []
@@ -541,12 +541,12 @@ class Added(nn.Module):
         return torch.where(clear, worse, 0).sum() / clear.sum().clamp(min=1)
 
 
-def train(design: str, how: Training) -> tuple[Added, int]:
+def train(design: Callable[[int], nn.Module], how: Training) -> tuple[Added, int]:
     """A trained design, and the epoch of which it is; the epoch is chosen on a seventh of the lists, held out."""
     torch.manual_seed(how.seed)
     order = torch.randperm(len(how.lists))
     held_out, rest = how.lists.take(order[: len(order) // 7]), order[len(order) // 7 :]
-    model = Added(DESIGNS[design](how.lists.queries.shape[1]), how.bound)
+    model = Added(design(how.lists.queries.shape[1]), how.bound)
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.rate, weight_decay=0.01)
     steps = how.epochs * -(-len(rest) // _BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / (steps + 1)))
@@ -631,7 +631,7 @@ def on_others(
     others = [other for other in sets if other != held_out]
     full, chosen, train_queries, fractions, epochs = [], [], [], [], []
     for seed in range(seeds):
-        model, epoch = train(design, try_of(name, sets, others, seed))
+        model, epoch = train(DESIGNS[design], try_of(name, sets, others, seed))
         by_set = [changes(model, sets[other]["dev"]) for other in others]
         fraction = max(FRACTIONS, key=lambda tried: (fmean(float(own[tried].mean()) for own in by_set), -tried))
         own = changes(model, sets[held_out]["dev"])
@@ -649,7 +649,7 @@ def on_own(design: str, lists: Mapping[str, Lists], seeds: int) -> dict[str, Any
     """A design trained on the train lists of the data set itself."""
     values, epochs = [], []
     for seed in range(seeds):
-        model, epoch = train(design, Training(lists["graded"], seed, epochs=20))
+        model, epoch = train(DESIGNS[design], Training(lists["graded"], seed, epochs=20))
         values.append(changes(model, lists["dev"])[1.0])
         epochs.append(epoch)
     return {"full": summary(values), "epochs": epochs}

@@ -61,6 +61,16 @@ def test_two_data_sets_of_one_name_are_refused_as_by_a_run(tmp_path: Path) -> No
         ("layers = [0, 60]", "layers names layer 60"),
         ("max_passage_tokens = 100000", "reads at most 512 tokens"),
         ('model = "smollm2"\n[[training.pretraining]]\nkind = "mirror"', "'smollm2' has no token for masked text"),
+        ("[losses]\nnested_cross_entropy = { dims = [64, 384] }", "names 384, but the student's vectors have 384"),
+        ("[losses]\nnested_cross_entropy = { layers = [6] }", "names 6, but the student's backbone has 6 layers"),
+        ("[student.pooling]\nkind = 'pma'\nnum_heads = 7", "width 384 is not a multiple of it"),
+        ("[student.pooling]\nkind = 'projection'\ndim = 512", "the vectors to project have only 384 components"),
+        ("layers = 4\n[training.pretraining]\nkind = 'relations'\nteacher = 'smollm2'", "'smollm2' reads other tokens"),
+        (
+            "layers = 4\n[training.pretraining]\nkind = 'relations'\nrelation_heads = 5",
+            "queries, keys or values of width",
+        ),
+        ("layers = 4\n[training.pretraining]\nkind = 'relations'\nteacher_layer = 6", "has only layers 0 to 5"),
     ],
 )
 def test_what_the_backbone_cannot_do_is_refused(tmp_path: Path, setting: str, problem: str) -> None:
@@ -82,6 +92,14 @@ def test_what_the_backbone_cannot_do_is_refused(tmp_path: Path, setting: str, pr
             "losses.soft_expansion.passages: x.jsonl: no such file",
         ),
         ('[teacher]\nmodel = "/gone"', "teacher.model: /gone: no such folder"),
+        (
+            "[[training.pretraining]]\nkind = 'simcse'\n[[training.pretraining]]\nkind = 'vectors'\nteacher = './gone'",
+            "training.pretraining[1].teacher: ./gone: no such folder",
+        ),
+        (
+            "[training.pretraining]\nkind = 'mexma'\ntranslations = './gone'",
+            "training.pretraining[0].translations: ./gone: no such file or folder",
+        ),
         ('[teacher]\nprompt = "papre"', "teacher.prompt: no prompt set 'papre'"),
         ('[teacher_tuning]\nlabels = "gone"', "teacher_tuning.labels: gone: no such file or folder"),
         (

@@ -82,6 +82,13 @@ def test_queries_that_find_their_passage_are_kept_with_its_repetition(drafts, in
     assert result.rejected == ()
 
 
+def test_the_task_that_was_written_with_a_query_takes_no_part_in_the_review(drafts, index):
+    store = drafts({"p0": ["task: Find a passage about dogs | query: where did the cat sleep"]})
+    [kept] = review(store, index, settings=CriticSettings(depth=9)).kept
+    assert kept.written.text == "where did the cat sleep"
+    assert kept.written.instruction == "task: Find a passage about dogs | query: "
+
+
 def test_queries_that_do_not_find_their_passage_are_rejected(drafts, index):
     query = "where did the cat sleep"
     [ranking] = index.search([query], top_k=9)

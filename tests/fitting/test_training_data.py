@@ -41,6 +41,16 @@ def ids(passages):
     return [passage.id for passage in passages]
 
 
+def test_the_task_of_a_written_query_is_its_instruction(tmp_path):
+    passages = corpus(2 * FEW_DOCUMENTS, 1)
+    plain, *others = queries_for(passages)
+    told = [replace(each, written=each.written._replace(instruction="task: a | query: ")) for each in others]
+    write_written_data(tmp_path / "data", passages, [plain, *told], seed=0)
+    queries = read_beir(tmp_path / "data").queries
+    assert {queries[each.written.id].instruction for each in told} == {"task: a | query: "}
+    assert queries[plain.written.id].instruction is None
+
+
 def test_passages_of_a_document_share_a_split():
     passages = corpus(2 * FEW_DOCUMENTS, 3)
     splits = split_passages(passages, ids(passages), seed=0)

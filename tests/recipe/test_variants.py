@@ -230,6 +230,21 @@ def test_an_unknown_variant_suggests_the_nearest() -> None:
         find_variant("xyzzy")
 
 
+def test_a_combination_has_the_changes_of_both_in_their_order() -> None:
+    recipe = load_recipe("d2llm-small")
+    both = find_variant("plackett-luce+width-128+width-1024").apply(recipe)
+    assert both.name == "d2llm-small-plackett-luce+width-128+width-1024"
+    assert set(both.losses.root) == {*recipe.losses.root} - {"list_imitation"} | {"plackett_luce"}
+    assert both.student.interaction.hidden_dim == 1024
+    one_after_other = VARIANTS["multivariate"].apply(VARIANTS["plackett-luce"].apply(recipe))
+    assert (
+        find_variant("plackett-luce+multivariate").apply(recipe).model_copy(update={"name": one_after_other.name})
+        == one_after_other
+    )
+    with pytest.raises(RecipeError, match="no variant 'plackett-luc'; did you mean 'plackett-luce'"):
+        find_variant("plackett-luc+multivariate")
+
+
 def test_an_invalid_variant_error_names_the_variant() -> None:
     invalid = Variant("wrong", "own", "no width", {"student": {"interaction": {"hidden_dim": 0}}})
     with pytest.raises(RecipeError, match=r"variant 'wrong': student.interaction.hidden_dim"):

@@ -444,7 +444,7 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
     from d2llm.recipe.losses import RECOMMENDED
     from d2llm.recipe.recipe import load_recipe
     from d2llm.training.open_run import is_absent
-    from d2llm.training.recipe_inputs import absent_inputs, check_backbone
+    from d2llm.training.recipe_inputs import absent_inputs, check_asked, check_models
 
     session, defaults = session_of(context), dict(_settings(Recipe().model_dump(mode="json")))
     for source in recipes:
@@ -461,7 +461,8 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
             session.show(table)
         sets = ", ".join(f"{one.path} ({one.task})" for one in recipe.data) or "none"
         missing, remote = absent_inputs(recipe)
-        check_backbone(recipe)
+        check_models(recipe)
+        check_asked(recipe, recipe.teacher)
         missing += [f"data: {one.path}: not here; give --data to a run" for one in recipe.data if is_absent(one)]
         for problem in missing:
             session.complain("warning", f"{source}: {problem}")

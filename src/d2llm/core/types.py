@@ -121,6 +121,8 @@ class Query:
 
     id: str
     text: str
+    instruction: str | None = None
+    """What a student reads before it in training and on dev; by default that of its data set."""
 
     __repr__ = short_repr
 

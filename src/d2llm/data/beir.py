@@ -323,10 +323,12 @@ def iter_passages(path: Path, rows: Rows) -> Iterator[tuple[int, Passage]]:
 
 
 def iter_queries(path: Path, rows: Rows) -> Iterator[tuple[int, Query]]:
-    """Numbered queries from rows with ``_id`` and ``text``; errors name ``path``."""
+    """Numbered queries from rows with ``_id``, ``text`` and optionally ``instruction``; errors name ``path``."""
     line = 0
     for line, record in rows:
-        yield line, Query(_identifier(path, line, record), string_field(path, line, record, "text"))
+        has_instruction = plain_value(record.get("instruction")) is not None
+        instruction = string_field(path, line, record, "instruction") if has_instruction else None
+        yield line, Query(_identifier(path, line, record), string_field(path, line, record, "text"), instruction)
     if line == 0:
         raise DataFormatError(path, 'holds no queries; each line must be {"_id": ..., "text": ...}')
 

@@ -156,7 +156,7 @@ class TrainingSource:
     pairs: PairDataset | None = None
     """The labelled pairs that ``dataset`` was built from, if it is not a retrieval set."""
     instruction: str | None = None
-    """What the student reads before each query, in place of its prefix."""
+    """What the student reads before each query that has none of its own, in place of its prefix."""
 
     def __post_init__(self) -> None:
         for entry in self.plan.entries:
@@ -177,6 +177,12 @@ class TrainingSource:
     def query_text(self, query_id: str) -> str:
         """A query as the data set has it, without the prefix that a model may add."""
         return self.dataset.queries[query_id].text
+
+    def instructed_queries(self, query_ids: Iterable[str], prefix: str) -> list[str]:
+        """Queries as a student reads them: each after its own instruction, or that of the set, or the ``prefix``."""
+        usual = prefix if self.instruction is None else self.instruction
+        queries = [self.dataset.queries[query_id] for query_id in query_ids]
+        return [(usual if query.instruction is None else query.instruction) + query.text for query in queries]
 
     def passage_text(self, passage_id: str) -> str:
         """Title and text of a passage as one string."""

@@ -34,6 +34,7 @@ from d2llm.evaluation.pool_scores import PoolScores, score_pool
 from d2llm.fitting.settings import CriticSettings
 from d2llm.fitting.write_queries import DraftStore, passage_hash
 from d2llm.models.teachers.pair_teacher import PairTeacher, ranks_lists
+from d2llm.models.writers.answers import split_task
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.ops.words import fold, runs
 from d2llm.retrieval.feature_weights import weights_for
@@ -99,11 +100,12 @@ _BM25_WEIGHT = 0.5  # of a search that fuses the ranks of the score and of BM25
 
 
 class WrittenQuery(NamedTuple):
-    """A query with the kind asked for and the passage that it was written for."""
+    """A query with the kind asked for, the passage that it was written for, and the task that was written with it."""
 
     text: str
     kind: QueryKind
     passage_id: str
+    instruction: str | None = None
 
     @property
     def id(self) -> str:
@@ -208,7 +210,8 @@ def _written(drafts: DraftStore, passages: Iterable[Passage]) -> Iterator[Writte
         for kind in QUERY_KINDS:
             draft = drafts.get((text_hash, kind))
             for text in draft.queries if draft is not None else ():
-                yield WrittenQuery(text, kind, passage.id)
+                instruction, query = split_task(text)
+                yield WrittenQuery(query, kind, passage.id, instruction)
 
 
 def _pass_rules(

@@ -86,7 +86,7 @@ def write_written_data(
         if not (held_out if split == "train" else trained).isdisjoint(query.positives):
             num_shared += 1
             continue
-        queries.append(Query(query.written.id, query.written.text))
+        queries.append(Query(query.written.id, query.written.text, query.written.instruction))
         qrels[split] += [(query.written.id, name, 1) for name in query.positives]
     counts = {split: len({query_id for query_id, _, _ in rows}) for split, rows in qrels.items()}
     if not (counts["dev"] and counts["test"] and (counts["train"] or num_shared)):
@@ -258,7 +258,7 @@ def _write(
         )
         _write_lines(
             temporary / "queries.jsonl",
-            (json.dumps({"_id": query.id, "text": query.text}, ensure_ascii=False) for query in queries),
+            (json.dumps(_record(query), ensure_ascii=False) for query in queries),
         )
         (temporary / "qrels").mkdir()
         for split, rows in qrels.items():
@@ -266,6 +266,11 @@ def _write(
             _write_lines(temporary / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *lines])
         counts = Counter({split: len(rows) for split, rows in qrels.items()})
         write_manifest(temporary, KIND, FORMAT_VERSION, {"num_passages": len(passages), "judgements": dict(counts)})
+
+
+def _record(query: Query) -> dict[str, str]:
+    instruction = {} if query.instruction is None else {"instruction": query.instruction}
+    return {"_id": query.id, "text": query.text, **instruction}
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

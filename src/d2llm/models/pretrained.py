@@ -49,6 +49,7 @@ from d2llm.models.sources import (
     load_pretrained,
     load_tokenizer,
     model_type,
+    quiet_transformers,
 )
 from d2llm.ops.pooling import to_right_padding
 from d2llm.recipe import AutoPooling, BackboneConfig, Lora, Pooling, Quantization
@@ -78,6 +79,7 @@ class PretrainedBackbone(Backbone):
     ) -> None:
         """Load the weights that ``config.model`` names, for a pooling of their states, by default ``auto``.
 
+        On torch's device ``meta`` no weights are read: what does not fit is refused all the same, in a second.
         ``auto_pooling`` is the kind of pooling that ``auto`` stands for; by default, the model's folder says it.
 
         Raises:
@@ -90,8 +92,9 @@ class PretrainedBackbone(Backbone):
         self.location = find_model(config.model)
         weight_dtype = torch.float32 if config.tuning.kind == "full" else compute_dtype
         self.tokenizer = load_tokenizer(self.location)
+        has_weights = device.type != "meta"
         options = quantized_options(config.quantization, device=device, dtype=compute_dtype, what="student")
-        model: Any = _load_model(self.location, weight_dtype, options)
+        model: Any = _load_model(self.location, weight_dtype, options, with_weights=has_weights)
         self._modules[_MODEL] = (model if options else model.to(device)).eval()
         self.model.requires_grad_(False)
         prepare_quantized(model, config.quantization)
@@ -106,7 +109,7 @@ class PretrainedBackbone(Backbone):
             )
         if config.layers is not None:
             keep_layers(self.model, config.layers, name=config.model)
-        if config.bidirectional:
+        if config.bidirectional and has_weights:  # it compares what the model makes of two texts
             read_both_ways(self.model, name=config.model)
         if (weighing := self.pooling.weighing) is not None:
             weighing.check_model(self.model.config, config.model)
@@ -365,13 +368,21 @@ def layers_of(model: nn.Module, *, name: str) -> nn.ModuleList:
     return stacks[0]
 
 
-def _load_model(location: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+def _load_model(
+    location: str, dtype: torch.dtype, options: dict[str, Any], *, with_weights: bool = True
+) -> PreTrainedModel:
     kinds, kind = BackboneConfig.kinds, model_type(location)
-    if kind not in kinds.kinds:
+    if kind in kinds.kinds:
+        if options:
+            raise InputError(f"'{location}' is of kind {kind}, which is not quantised here; set quantization to none")
+        return kinds.find(kind).load_model(location, dtype)
+    if with_weights:
         return load_pretrained(model_class(location), location, dtype=dtype, **options)
-    if options:
-        raise InputError(f"'{location}' is of kind {kind}, which is not quantised here; set quantization to none")
-    return kinds.find(kind).load_model(location, dtype)
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    with torch.device("meta"), quiet_transformers():
+        return model_class(location).from_config(shape, dtype=dtype)
 
 
 def model_class(location: str) -> Any:

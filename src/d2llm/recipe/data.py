@@ -25,7 +25,8 @@ class DataConfig(Section):
     task: Task = "asymmetric"
     instruction: str | None = None
     """A text that the student reads before each query of this set, in place of ``student.backbone.query_prefix``, in
-    training and on dev; it counts in ``max_query_tokens``. Give a search the same ``instruction`` (E5-instruct)."""
+    training and on dev; it counts in ``max_query_tokens``. Give a search the same ``instruction`` (E5-instruct). A
+    query with an ``instruction`` of its own in the data set has that (Gecko)."""
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries."""
     max_labelled: int | None = Field(default=None, ge=1)

@@ -36,6 +36,7 @@ from d2llm.recipe.sections import Section
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from d2llm.models.student import Student
     from d2llm.recipe import Recipe
     from d2llm.training.losses import LossInput, Preparation
 
@@ -105,8 +106,11 @@ class Loss(Registered, Section):
                 f'student.interaction.head = "dot" or "cosine", or delete {self.kind}'
             )
 
-    def check_student(self, preparation: Preparation) -> None:
-        """Check that the untrained student and the data sets fit; raises an ``InputError``."""
+    def check_student(self, student: Student, *, has_lists: bool) -> None:
+        """Check that the untrained student, whose weights may be missing, and the data sets fit.
+
+        ``has_lists``: whether a data set has queries with lists, and not only labelled pairs. Raises an ``InputError``.
+        """
 
     def prepare(self, preparation: Preparation) -> dict[str, Any]:
         """Before the first step: add what the loss needs of each batch to the data sets (``add_pair_input``).

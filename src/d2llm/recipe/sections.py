@@ -79,11 +79,13 @@ class Section(BaseModel):
 class Names(NamedTuple):
     """Marks a setting whose text names what a run needs."""
 
-    what: Literal["student", "path"]
+    what: Literal["student", "model", "path"]
 
 
 StudentName = Annotated[str, Names("student")]
 """A trained student, a folder or a name."""
+ModelName = Annotated[str, Names("model")]
+"""A pretrained model, named as ``backbone.model``."""
 InputPath = Annotated[str, Names("path")]
 """A file or folder that is read."""
 

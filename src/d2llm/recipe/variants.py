@@ -7,7 +7,7 @@ Source of the ablations in the group ``published``: Liao et al., "D2LLM", ACL 20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ class Variant:
     """One named change of a recipe: ``settings`` override the recipe's own, section by section.
 
     A function in their place makes a section from the recipe's own.
-    ``imitation``, if any, replaces all that imitates a teacher; of labelled pairs too, if it is empty.
+    ``imitation``, if any, replaces all that imitates a teacher; of labelled pairs too, if it is empty. ``before`` has
+    the changes that come first.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Variant:
     title: str
     settings: Mapping[str, Any]
     imitation: Mapping[str, Any] | None = None
+    before: Variant | None = None
 
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with this change, named after both.
@@ -41,24 +43,31 @@ class Variant:
         Raises:
             RecipeError: the changed recipe is not valid.
         """
+        name = f"{recipe.name}-{self.name}"
+        if self.before is not None:
+            recipe = self.before.apply(recipe)
         losses = recipe.losses
         if self.imitation is not None:
             losses = losses.with_imitation(self.imitation, of_pairs=not self.imitation)
         losses = losses.with_losses(self.settings.get("losses", {}))
         others = {section: value for section, value in self.settings.items() if section != "losses"}
         changed = _overlaid(recipe.model_dump(), others) | {"losses": losses}
-        return parse_recipe(changed | {"name": f"{recipe.name}-{self.name}"}, where=f"variant '{self.name}'")
+        return parse_recipe(changed | {"name": name}, where=f"variant '{self.name}'")
 
 
 def find_variant(name: str) -> Variant:
-    """The variant of this name.
+    """The variant of this name; ``a+b`` has the change of ``a``, and then that of ``b``.
 
     Raises:
         RecipeError: there is no such variant (the closest name is suggested).
     """
-    if name in VARIANTS:
-        return VARIANTS[name]
-    raise RecipeError(f"no variant '{name}'; {suggestion(name, VARIANTS, 'there are')}")
+    first, _, last = name.rpartition("+")
+    if last not in VARIANTS:
+        raise RecipeError(f"no variant '{last}'; {suggestion(last, VARIANTS, 'there are')}")
+    if not first:
+        return VARIANTS[last]
+    before = find_variant(first)
+    return replace(VARIANTS[last], name=name, title=f"{before.title}; {VARIANTS[last].title}", before=before)
 
 
 def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,6 +362,11 @@ _OWN: _Group = {
         )
         | {"losses": {"subclass_imitation": 0.0}},
     ),
+    "splade": (
+        "weights of the vocabulary's tokens instead of a vector (SPLADE)",
+        _student(pooling={"kind": "splade"}, interaction={"head": "product"})
+        | {"losses": {"subclass_imitation": 0.0, "flops": 0.01}},
+    ),
     "binarised": (
         "one trained bit a dimension, without PMA (BEBR)",
         _student(pooling=lambda pooling: Pooling.of({"kind": "binarised", "pooling": _weightless(pooling)})),
@@ -367,6 +381,7 @@ _OWN: _Group = {
         "head `paper` instead of `dot`, same features",
         _student(interaction={"head": "paper"}) | {"losses": _NOT_NESTED},
     ),
+    "inner-product": ("head `dot` without its interaction", _student(interaction={"head": "dot", "tasks": ()})),
     "dot-head": ("head `dot` instead of `paper`, same features", _student(interaction={"head": "dot"})),
     "concat": ("features: the vectors alone", _student(interaction={"features": "concat"})),
     "product": ("features: the vectors and their product", _student(interaction={"features": "product"})),

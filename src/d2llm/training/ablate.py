@@ -48,7 +48,7 @@ DEV_QUERIES = 500
 """Maximum number of dev queries per data set that every run is measured on."""
 # A seed that a recipe is unlikely to use. Runs of a recipe with this seed would be measured on the same queries that
 # chose their best step, unlike runs with other seeds.
-_MEASURING_SEED = 1_000_003
+MEASURING_SEED = 1_000_003
 _RECORD_VERSION = 1
 _log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def ablate(
     notes = [*unsuited, *_left_out(recipe, sources, labelled)]
     sources = _training_queries(recipe, sources, labelled, max_queries)
     dev_sets = [
-        make_dev_set(source, num_queries=dev_queries, num_passages=recipe.training.dev_passages, seed=_MEASURING_SEED)
+        make_dev_set(source, num_queries=dev_queries, num_passages=recipe.training.dev_passages, seed=MEASURING_SEED)
         for source in sources
     ]
     settings = _settings(recipes, sources, labelled, teacher, closed_gates, device, dtype)

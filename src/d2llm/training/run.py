@@ -96,10 +96,13 @@ class Run(OpenRun):
         """
         from d2llm.models.teachers.pair_teacher import asks_endpoint
         from d2llm.runners.placement import find_runner
-        from d2llm.training.recipe_inputs import check_backbone
+        from d2llm.training.checkpoints import require_trackers
+        from d2llm.training.recipe_inputs import check_asked, check_models
 
         runner = find_runner(runner)
-        check_backbone(self.recipe)
+        check_models(self.recipe)
+        check_asked(self.recipe, self.teacher)
+        require_trackers(self.recipe)
         order: tuple[str, ...] = get_args(RunStep)
         repeated: tuple[str, ...] = order[order.index(again) :] if again else ()
         results: dict[str, Any] = {}

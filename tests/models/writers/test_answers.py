@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2llm.models.writers.answers import describe_problem, parse_answer
+from d2llm.models.writers.answers import describe_problem, parse_answer, split_task
 from d2llm.models.writers.prompts import load_writer_prompt
 
 TEA = ("why is green tea bitter?", "how long does tea keep?", "what is matcha?")
@@ -183,3 +183,15 @@ def test_a_passage_is_what_is_left_of_all_lines(answer: str, expected: tuple[str
 
 def test_a_missing_passage_is_a_problem():
     assert describe_problem("Sure!", is_passage=True) == "no passage in the answer 'Sure!'"
+
+
+def test_a_task_before_a_query_is_kept_by_the_parser_and_split_off() -> None:
+    task = "task: Given a question about tea | or water, find a passage that answers it | query: "
+    answer = f"Here are the queries:\n1. {task}how hot | is it?\n{task.upper()}green tea\nhow long does it brew?"
+    (first, second, third), num_dropped = parse_answer(answer, num_queries=3)
+    assert num_dropped == 1
+    assert split_task(first) == (task, "how hot | is it?")
+    assert split_task(second) == (task.upper(), "green tea")
+    assert split_task(third) == (None, "how long does it brew?")
+    assert split_task("task: brew tea") == (None, "task: brew tea")
+    assert split_task("task:  | query: tea") == (None, "task:  | query: tea")

@@ -26,7 +26,7 @@ example = "({passage}: {query})"
 """
 
 
-@pytest.mark.parametrize("name", ["standard", "short"])
+@pytest.mark.parametrize("name", ["standard", "short", "tasks"])
 @pytest.mark.parametrize("kind", QUERY_KINDS)
 def test_shipped_prompts_mark_the_passage(name: str, kind: QueryKind):
     prompt = load_writer_prompt(name, kind)
@@ -34,7 +34,8 @@ def test_shipped_prompts_mark_the_passage(name: str, kind: QueryKind):
     assert re.search(r"<passage>(\nTitle: )?Green tea\nLet the kettle cool.\n?</passage>\n", text)
     assert re.search(r": 4\. Each|Write 4 ", text)
     assert re.search("the language of the passage|in the same language", text)
-    assert ("It is data." in text) == (name == "standard")
+    assert ("It is data." in text) == (name != "short")
+    assert ("\ntask: TASK | query: QUERY\n" in text) == (name == "tasks")
     assert not re.search(r"[{}]|^\s|\s$", text)
     assert "Title" not in prompt.fill(Assignment("Let the kettle cool.", kind))
     assert "\n\n\n" not in text
@@ -138,7 +139,7 @@ def test_a_custom_prompt_file_is_loaded(tmp_path: Path):
     assert prompt.fill(assignment) == "2 for <T> P like (E: Q)"
     with pytest.raises(InputError, match=r"own.toml: no section \[keywords\]; add one with the keys template, title"):
         load_writer_prompt(str(path), "keywords")
-    with pytest.raises(InputError, match="no prompt set 'standart'; use one of standard, short, or the path"):
+    with pytest.raises(InputError, match="no prompt set 'standart'; use one of standard, short, tasks, or the path"):
         load_writer_prompt("standart", "question")
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2llm.core.errors import InputError
+from d2llm.models.student import Student
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.recipe import CustomBackbone, Recipe
 from d2llm.recipe.losses import Loss
-from d2llm.training.losses import LossInput, Preparation
+from d2llm.training.losses import LossInput
 
 _log = logging.getLogger(__name__)
 
@@ -94,8 +95,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
                     f"only {count} layers: name fewer"
                 )
 
-    def check_student(self, preparation: Preparation) -> None:
-        student = preparation.student
+    def check_student(self, student: Student, *, has_lists: bool) -> None:
         if self.dims and self.dims[-1] >= student.vector_dim:
             raise InputError(
                 f"losses.nested_cross_entropy.dims names {self.dims[-1]}, but the student's vectors have "
@@ -106,7 +106,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
                 f"losses.nested_cross_entropy.layers names {self.layers[-1]}, but the student's backbone has {count} "
                 "layers; name fewer"
             )
-        if not preparation.with_lists:
+        if not has_lists:
             raise InputError(
                 "losses.nested_cross_entropy is trained on the passages of queries, but all data sets are labelled "
                 "pairs; delete it, or add a retrieval set"

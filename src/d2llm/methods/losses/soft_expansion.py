@@ -28,6 +28,7 @@ from d2llm.core.types import QueryExpansion
 from d2llm.data.plan import TrainingSource
 from d2llm.models.protocols import SearchStudent
 from d2llm.models.remote.kept_answers import KeptAnswers
+from d2llm.models.student import Student
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
 from d2llm.ops.losses import masked_mean, zero_outside
 from d2llm.recipe import Recipe, WriterConfig
@@ -68,6 +69,14 @@ class SoftExpansion(Loss, kind="soft_expansion"):
                 "pooling stay as they are: set student.backbone.tuning to lora or full, or the weight to 0"
             )
 
+    def check_student(self, student: Student, *, has_lists: bool) -> None:
+        del student
+        if not has_lists:
+            raise InputError(
+                "losses.soft_expansion is trained on the queries of retrieval sets, but all data sets are labelled "
+                "pairs; set it to 0, or add a retrieval set"
+            )
+
     def prepare(self, preparation: Preparation) -> dict[str, Any]:
         passages = self._passages(preparation)
         for labelled in preparation.with_lists:
@@ -84,11 +93,6 @@ class SoftExpansion(Loss, kind="soft_expansion"):
             for labelled in preparation.with_lists
             for entry in labelled.entries
         )
-        if not queries:
-            raise InputError(
-                "losses.soft_expansion is trained on the queries of retrieval sets, but all data sets are labelled "
-                "pairs; set it to 0, or add a retrieval set"
-            )
         passages = read_expansions(file)
         missing = queries.keys() - passages.keys()
         if missing and self.writer is None:

@@ -22,6 +22,7 @@ from d2llm.models.tokens import TextKind
 from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
 from d2llm.ops.token_alignment import align_tokens, aligned_states
 from d2llm.recipe import BackboneConfig, Frozen
+from d2llm.recipe.sections import ModelName
 from d2llm.recipe.training import Pretraining
 from d2llm.training.pretrain import PretrainingTask
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _FITTED_TEXTS = 2_000  # on which a map to a strange teacher is fitted before the first step
 _FIT_PENALTY = 0.1  # as a fraction of the mean variance of a component
 _COMPARED_TEXTS = 100
+_COMPARED_TEXT = ["Cows drink water, don't they? Élan."]  # where there are no texts yet
 
 
 class Imitation(Pretraining):
@@ -42,7 +44,7 @@ class Imitation(Pretraining):
     """Whether states of tokens are compared, so that those of another tokenizer must be found."""
     needs_same_tokens: ClassVar[bool] = False
 
-    teacher: str | None = None
+    teacher: ModelName | None = None
     """The backbone to imitate, named as ``backbone.model``, or a student, whose tuned backbone is meant. By default the
     student's own model with all its layers, for a student whose ``backbone.layers`` names some of them. If it has
     another tokenizer, states of tokens are compared by the characters that the tokens of both share, which needs
@@ -106,6 +108,12 @@ class ImitationTask(PretrainingTask):
         self.readings: dict[tuple[int, ...], Reading] = {}
         self.teacher: Backbone | None = None
         self.teacher_fingerprint = ""
+
+    def check(self) -> None:
+        """Refuse a teacher with another tokenizer, where that does not do, or of another shape."""
+        self.teacher, self.teacher_fingerprint = self.imitation.load_teacher(self.backbone)
+        _same_tokens(self.backbone, self.teacher, _COMPARED_TEXT, self.imitation)
+        self.build()
 
     def tokenize(self, passages: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
         """The student's tokens; those of a teacher with another tokenizer are kept."""

@@ -53,6 +53,18 @@ _PASSAGE_LABEL = re.compile(
 )
 
 
+_TASK = re.compile(r"(task:\s*\S.*?\|\s*query:\s*)(\S.*)", re.I)
+
+
+def split_task(query: str) -> tuple[str | None, str]:
+    """The instruction of a written query, if the writer was asked for a task too, and the query without it.
+
+    The instruction is all that is before the query in Gecko's format, "task: ... | query: ...".
+    """
+    match = _TASK.fullmatch(query)
+    return (None, query) if match is None else (match[1], match[2])
+
+
 def parse_answer(
     answer: str, *, prompt: str = "", num_queries: int, is_complete: bool = True, is_passage: bool = False
 ) -> tuple[tuple[str, ...], int]:
