@@ -77,9 +77,9 @@ campaign: setup ## set up and run every row of the campaign of faults to its ful
 	done
 
 # Benchmarks that need a folder or a recipe as an argument: `make bench` leaves them out.
-WITH_ARGUMENTS := ablation_sets binarised candidate_depth classify documentation first_minutes fit_quality judged_sets \
-	labelled_queries learned_words_score recorded_gate recorded_lists reranking score_features_ablation \
-	similar soup stages symmetric_branch token_heads token_interaction typing_errors waiting_threads written_rounds \
+WITH_ARGUMENTS := ablation_sets binarised candidate_depth classify documentation first_minutes fit_quality heads \
+	judged_sets labelled_queries learned_words_score recorded_gate recorded_lists reranking score_features_ablation \
+	similar soup stages symmetric_branch token_interaction typing_errors waiting_threads written_rounds \
 	written_tasks
 
 bench: setup ## set up and run every benchmark that needs no arguments, printing its table

@@ -541,12 +541,12 @@ class Added(nn.Module):
         return torch.where(clear, worse, 0).sum() / clear.sum().clamp(min=1)
 
 
-def train(design: Callable[[int], nn.Module], how: Training) -> tuple[Added, int]:
-    """A trained design, and the epoch of which it is; the epoch is chosen on a seventh of the lists, held out."""
+def train(make: Callable[[], Added], how: Training) -> tuple[Added, int]:
+    """A trained model, and the epoch of which it is; the epoch is chosen on a seventh of the lists, held out."""
     torch.manual_seed(how.seed)
     order = torch.randperm(len(how.lists))
     held_out, rest = how.lists.take(order[: len(order) // 7]), order[len(order) // 7 :]
-    model = Added(design(how.lists.queries.shape[1]), how.bound)
+    model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.rate, weight_decay=0.01)
     steps = how.epochs * -(-len(rest) // _BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / (steps + 1)))
@@ -566,6 +566,11 @@ def train(design: Callable[[int], nn.Module], how: Training) -> tuple[Added, int
             best, chosen, state = loss, epoch, {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
     return model.eval(), chosen
+
+
+def added(design: str, how: Training) -> Added:
+    """An untrained design for these lists."""
+    return Added(DESIGNS[design](how.lists.queries.shape[1]), how.bound)
 
 
 def ndcg(scores: Tensor, lists: Lists) -> Values:
@@ -631,7 +636,8 @@ def on_others(
     others = [other for other in sets if other != held_out]
     full, chosen, train_queries, fractions, epochs = [], [], [], [], []
     for seed in range(seeds):
-        model, epoch = train(DESIGNS[design], try_of(name, sets, others, seed))
+        how = try_of(name, sets, others, seed)
+        model, epoch = train(partial(added, design, how), how)
         by_set = [changes(model, sets[other]["dev"]) for other in others]
         fraction = max(FRACTIONS, key=lambda tried: (fmean(float(own[tried].mean()) for own in by_set), -tried))
         own = changes(model, sets[held_out]["dev"])
@@ -649,7 +655,8 @@ def on_own(design: str, lists: Mapping[str, Lists], seeds: int) -> dict[str, Any
     """A design trained on the train lists of the data set itself."""
     values, epochs = [], []
     for seed in range(seeds):
-        model, epoch = train(DESIGNS[design], Training(lists["graded"], seed, epochs=20))
+        how = Training(lists["graded"], seed, epochs=20)
+        model, epoch = train(partial(added, design, how), how)
         values.append(changes(model, lists["dev"])[1.0])
         epochs.append(epoch)
     return {"full": summary(values), "epochs": epochs}

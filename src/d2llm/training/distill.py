@@ -182,7 +182,6 @@ def distill(
     check_sources(sources)
     identity = identify_teacher(teacher) if recipe.losses.imitates else _NO_TEACHER
     check_asked(recipe, teacher)
-    _check_instructions(sources, recipe)
     labelled = _join_all(sources, labels, identity, closed_gates, recipe)
     training = recipe.training
     dev_sets = [
@@ -236,6 +235,7 @@ def _join_all(
     recipe: Recipe,
 ) -> list[LabelledSource]:
     """The data sets with their labels, those with a closed gate without the teacher's."""
+    _check_instructions(sources, recipe)
     labelled = [
         _join(source, labels, _NO_TEACHER if source.dataset.name in closed_gates else identity, recipe)
         for source in sources

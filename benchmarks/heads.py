@@ -1,19 +1,18 @@
-"""Heads that see tokens, on the lists and dev queries on which `d2llm ablate` compares heads that see vectors.
+"""Every head on the same lists: nDCG@10 of heads that see vectors, and of heads that see tokens.
 
-Each design of `token_interaction.py` is added to the cosine z of the recipe's backbone before training, whose tokens
-are compared by their own states: z + B tanh(g) for the first 50 passages of a query. Two more:
+All begin with the cosine z of the recipe's backbone, which stands still, learn from the recorded lists of two data sets
+with one loss, and rank the first 50 passages of z again. Targets are half the teacher's distribution over a list and
+half the judgements. Each data set has a head of its own, as a task has a branch.
 
-- `maxsim`: the mean, over the query's tokens, of the highest cosine with a token of the passage, with one weight.
-- `knrm`: a linear function of eleven kernels in place of z (Xiong et al., "End-to-End Neural Ad-hoc Ranking with Kernel
-  Pooling", SIGIR 2017, with tokens that stand still).
+Of vectors, as students have them: the inner product with two maps (`inner product`), with the IEM of four kinds of
+features or with gates, the published head (`paper`, three layers as in its code), weights that the query generates
+(Hypencoder), mean and variance (`multivariate`). Of tokens, compared by the backbone's own states: `maxsim` (one weight
+beside z), `knrm` (a linear function of eleven kernels in place of z; Xiong et al., "End-to-End Neural Ad-hoc Ranking
+with Kernel Pooling", SIGIR 2017, with tokens that stand still), and the designs of `token_interaction.py`.
 
-Targets are half the teacher's distribution over a list and half the judgements, as in the recipe's losses. Each data
-set has a head of its own, as a task has a branch. What fraction of g is added is chosen on dev, as training chooses the
-weight of an interaction.
-
+    d2llm distill-static DATA/wikiqa/corpus.jsonl.gz --out runs/static --dim 256
     python benchmarks/recorded_lists.py benchmarks/graded_lists/static-interaction.toml DATA RUN --queries 240
-    python benchmarks/token_heads.py benchmarks/graded_lists/static-interaction.toml DATA RUN \
-        --json benchmarks/results/token-heads.json
+    python benchmarks/heads.py benchmarks/graded_lists/static-interaction.toml DATA RUN --json FILE
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +34,7 @@ from token_interaction import (
     DESIGNS,
     FIRST,
     MAX_TOKENS,
+    Added,
     Lists,
     Training,
     changes,
@@ -47,13 +48,16 @@ from token_interaction import (
 from torch import Tensor, nn
 
 from d2llm import Run, Student
-from d2llm.core.types import Qrels
+from d2llm.core.types import TASKS, Qrels, Task
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingSource
+from d2llm.methods.poolings.multivariate import MultivariatePooling
+from d2llm.models.interaction import DivergenceHead, Interaction, make_head
+from d2llm.models.pooling import TextPooling
 from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.models.tokens import TextKind
 from d2llm.ops.bm25_words import terms, tokens_of_terms
-from d2llm.recipe import untuned_config
+from d2llm.recipe import InteractionConfig, untuned_config
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.word_segment import WordSegment
 from d2llm.training.ablate import DEV_QUERIES, MEASURING_SEED
@@ -61,6 +65,8 @@ from d2llm.training.dev_sets import make_dev_set
 
 Row = tuple[str, str, list[str]]
 """A query's id and text, and the ids of the passages of its list."""
+Parts = tuple[Task, Lists, Lists]
+"""The task of a data set, its train lists and its dev lists."""
 
 
 class MaxSim(nn.Module):
@@ -75,23 +81,96 @@ class MaxSim(nn.Module):
 
 
 class KNRM(nn.Module):
-    """A linear function of eleven kernels; what is added to z takes z away."""
+    """A linear function of eleven kernels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.last = nn.Linear(11, 1)
 
     def forward(self, lists: Lists) -> Tensor:
-        return self.last(10 * lists.kernels[:, :, :11]) - lists.scores[:, :, :1]
+        return self.last(10 * lists.kernels[:, :, :11]).squeeze(2)
 
 
-HEADS: dict[str, Callable[[int], nn.Module]] = {
-    "maxsim": lambda _: MaxSim(),
-    "knrm": lambda _: KNRM(),
-    **{name: DESIGNS[name] for name in ("tokens", "kernels", "transformer", "generated")},
+class OfVectors(nn.Module):
+    """A student's head."""
+
+    def __init__(self, dim: int, task: Task, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.task: Task = task
+        head = make_head(InteractionConfig.model_validate({"head": "dot", "tasks": [task], **settings}), dim)
+        assert isinstance(head, Interaction)
+        self.head = head
+
+    def forward(self, lists: Lists) -> Tensor:
+        return self.head.score_lists(lists.queries, lists.passages.float(), self.task).logits
+
+
+class Given(TextPooling):
+    """Vectors that are there, as states of one token each."""
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        del mask
+        return states[:, 0]
+
+
+class Multivariate(nn.Module):
+    """A mean and a variance of every vector, compared by their divergence."""
+
+    def __init__(self, dim: int, task: Task) -> None:
+        super().__init__()
+        self.task: Task = task
+        self.pooling = MultivariatePooling(Given(dim))
+        self.head = DivergenceHead(self.pooling.dim)
+
+    def forward(self, lists: Lists) -> Tensor:
+        passages = lists.passages.float()
+        mask = torch.ones(len(passages) * passages.shape[1], 1, dtype=torch.bool)
+        made = self.pooling(passages.flatten(0, 1)[:, None], mask).unflatten(0, passages.shape[:2])
+        queries = self.pooling(lists.queries[:, None], mask[: len(passages)])
+        return (made @ self.head.query_vectors(queries, self.task).unsqueeze(2)).squeeze(2)
+
+
+class Whole(Added):
+    """What scores in place of z."""
+
+    def __init__(self, head: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.design = head
+        self.log_scale = nn.Parameter(torch.tensor(-0.7))
+
+    def forward(self, lists: Lists) -> Tensor:
+        return self.design(lists)
+
+
+Make = Callable[[int, Task], Added]
+"""Makes an untrained head for vectors of a width and a task."""
+
+
+def of_vectors(**settings: Any) -> Make:
+    """A student's head with these settings."""
+    return lambda dim, task: Whole(OfVectors(dim, task, settings))
+
+
+def beside(make: Callable[[int], nn.Module]) -> Make:
+    """A design that is added to z."""
+    return lambda dim, _: Added(make(dim), BOUND)
+
+
+HEADS: dict[str, tuple[Make, float]] = {
+    "inner product": (of_vectors(tasks=[]), 3e-4),
+    "IEM, rich": (of_vectors(), 3e-4),
+    "IEM, product": (of_vectors(features="product"), 3e-4),
+    "IEM, difference": (of_vectors(features="difference"), 3e-4),
+    "IEM, concat": (of_vectors(features="concat"), 3e-4),
+    "IEM, gates": (of_vectors(gates=True), 3e-4),
+    "generated": (of_vectors(features="generated", hidden_dim=16, feature_dim=16), 3e-4),
+    "paper": (of_vectors(head="paper", features="concat", layers=3, tasks=TASKS), 1e-3),
+    "multivariate": (lambda dim, task: Whole(Multivariate(dim, task)), 3e-4),
+    "maxsim": (beside(lambda _: MaxSim()), 2e-3),
+    "knrm": (lambda _, __: Whole(KNRM()), 2e-2),
+    **{f"tokens, {name}": (beside(DESIGNS[name]), 2e-3) for name in ("tokens", "kernels", "transformer", "generated")},
 }
-ALONE = "knrm"
-_NO_BOUND = 1e6
+"""Each head with its learning rate: those of students have that of their second stage, `paper` that of its variant."""
 
 
 class Reader:
@@ -193,53 +272,71 @@ def dev_lists(reader: Reader, num_passages: int) -> Lists:
     return reader.lists(rows, {}, dev.qrels)
 
 
-def measure(head: str, lists: Mapping[str, tuple[Lists, Lists]], seed: int) -> dict[str, float]:
-    """nDCG@10 of a head on each data set, with the fraction that is best there."""
-    found: dict[str, float] = {}
-    for name, (taught, dev) in lists.items():
-        bound = _NO_BOUND if head == ALONE else BOUND
-        model, _ = train(HEADS[head], Training(taught, seed, epochs=20, bound=bound))
+def measure(head: str, lists: Mapping[str, Parts], seed: int) -> dict[str, dict[str, float]]:
+    """nDCG@10 of a head on each data set, whole and with the fraction of what it changes that is best there."""
+    make, rate = HEADS[head]
+    found: dict[str, dict[str, float]] = {}
+    for name, (task, taught, dev) in lists.items():
+        how = Training(taught, seed, epochs=10, rate=rate)
+        model, epoch = train(partial(make, taught.queries.shape[1], task), how)
         before = float(ndcg(dev.scores[:, :, 0], dev).mean())
         by_fraction = {fraction: float(each.mean()) for fraction, each in changes(model, dev).items()}
-        found[name] = before + (by_fraction[1.0] if head == ALONE else max(by_fraction.values()))
+        best = max(by_fraction, key=lambda fraction: (by_fraction[fraction], -fraction))
+        found[name] = {
+            "whole": before + by_fraction[1.0],
+            "chosen": before + by_fraction[best],
+            "fraction": best,
+            "epoch": epoch,
+        }
     return found
 
 
+def read_parts(run: Run, cache: Path) -> dict[str, Parts]:
+    """The task, the train lists and the dev lists of each data set; read once, which takes a minute."""
+    parts: dict[str, Parts] = {}
+    student = Student.create(untuned_config(run.recipe.student), device="cpu", dtype="float32")
+    identity = identify_teacher(run.teacher)
+    for source in run.folder.sources(run.recipe):
+        name = source.dataset.name
+        kept = [cache / f"{name}-{part}.pt" for part in ("train", "dev")]
+        if not kept[1].is_file():
+            reader, prompt = Reader(source, student), identity.prompts[source.task]
+            store = LabelStore(run.folder.labels, teacher=identity.fingerprint, prompt=prompt, dataset=name)
+            made = train_lists(reader, store), dev_lists(reader, run.recipe.training.dev_passages)
+            for file, one in zip(kept, made, strict=True):
+                torch.save({field: getattr(one, field) for field in Lists.__dataclass_fields__}, file)
+        taught, dev = (Lists(**torch.load(file)) for file in kept)
+        parts[name] = source.task, taught, dev
+    return parts
+
+
 def main() -> None:
-    """Train and measure every head with every seed."""
+    """Train and measure every head with every seed, but those that the file has already."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     run = Run(given.recipe, given.run, data=str(given.data), recorded=RECORDED)
-    student = Student.create(untuned_config(run.recipe.student), device="cpu", dtype="float32")
-    identity = identify_teacher(run.teacher)
-    lists: dict[str, tuple[Lists, Lists]] = {}
-    for source in run.folder.sources(run.recipe):
-        name, reader = source.dataset.name, Reader(source, student)
-        prompt = identity.prompts[source.task]
-        store = LabelStore(run.folder.labels, teacher=identity.fingerprint, prompt=prompt, dataset=name)
-        lists[name] = train_lists(reader, store), dev_lists(reader, run.recipe.training.dev_passages)
-    before = {name: float(ndcg(dev.scores[:, :, 0], dev).mean()) for name, (_, dev) in lists.items()}
-    counts = {name: [len(taught), len(dev)] for name, (taught, dev) in lists.items()}
-    results: dict[str, Any] = {
-        "recipe": run.recipe.name,
-        "lists and dev queries": counts,
-        "cosine": before,
-        "heads": {},
-    }
-    print("| head | " + " | ".join(lists) + " | mean |\n" + "|---" * (len(lists) + 2) + "|")
+    lists = read_parts(run, given.run)
+    before = {name: float(ndcg(dev.scores[:, :, 0], dev).mean()) for name, (_, _, dev) in lists.items()}
+    counts = {name: [len(taught), len(dev)] for name, (_, taught, dev) in lists.items()}
+    results: dict[str, Any] = {"lists and dev queries": counts, "cosine": before, "heads": {}}
+    if given.json is not None and given.json.is_file():
+        results = json.loads(given.json.read_text(encoding="utf-8"))
+    print("| head | " + " | ".join(f"{name}, whole | chosen" for name in lists) + " |")
+    print("|" + "---|" * (2 * len(lists) + 1))
+    print("| cosine | " + " | ".join(f"{value:.4f} | " for value in before.values()) + " |", flush=True)
     for head in HEADS:
-        by_seed = [measure(head, lists, seed) for seed in range(given.seeds)]
-        results["heads"][head] = by_seed
-        means = [fmean(each[name] for each in by_seed) for name in lists]
-        print(f"| {head} | " + " | ".join(f"{value:.4f}" for value in [*means, fmean(means)]) + " |", flush=True)
-    if given.json is not None:
-        given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        by_seed = results["heads"].setdefault(head, [])
+        by_seed += [measure(head, lists, seed) for seed in range(len(by_seed), given.seeds)]
+        cells = [fmean(each[name][key] for each in by_seed) for name in lists for key in ("whole", "chosen")]
+        print(f"| {head} | " + " | ".join(f"{value:.4f}" for value in cells) + " |", flush=True)
+        if given.json is not None:
+            given.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
