@@ -172,6 +172,22 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     assert_equal_runs(folder, second, whole)
 
 
+def test_another_ctrl_c_does_not_keep_the_checkpoint_from_being_written(default_handlers, tmp_path, monkeypatch):
+    save = Trainer.save
+
+    def save_for_the_impatient(trainer: Trainer) -> None:
+        if trainer.step == 7:
+            signal.raise_signal(signal.SIGINT)
+        save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", save_for_the_impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Network(act=stop_at("step", 7, signal.SIGINT)))
+    monkeypatch.undo()
+    train(tmp_path, model := Network())
+    assert model.steps == [*range(7, STEPS)]
+
+
 @pytest.mark.parametrize("every", [1, 3, 5])
 def test_after_a_crash_steps_since_the_last_checkpoint_are_repeated(whole, tmp_path, every: int):
     for at in (2, 7, 11):

@@ -150,7 +150,8 @@ class StopSignals:
     """Lets Ctrl-C and SIGTERM stop a training loop at once, but not in the middle of a change of its state.
 
     Inside the block both raise ``KeyboardInterrupt`` (SIGTERM its subclass ``Terminated``), so that the loop can write
-    a checkpoint; a ``held`` block is finished first. Signal handlers that the caller has installed are left alone, and
+    a checkpoint; a ``held`` block is finished first. Another one is ignored until the end of the block, because it
+    would keep the checkpoint from being written. Signal handlers that the caller has installed are left alone, and
     outside the main thread nothing is done.
     """
 
@@ -158,9 +159,11 @@ class StopSignals:
         self.is_consistent = True
         """Whether the state is between two changes; False during a change, and after an error in one."""
         self._pending: int | None = None
+        self._is_stopping = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        self._is_stopping = False
         if threading.current_thread() is threading.main_thread():
             for signal_number, default in (
                 (signal.SIGINT, signal.default_int_handler),
@@ -186,11 +189,14 @@ class StopSignals:
 
     def _stop(self, signal_number: int, frame: object) -> None:
         del frame
+        if self._is_stopping:
+            return
         if self.is_consistent:
             self._raise(signal_number)
         self._pending = signal_number
 
     def _raise(self, signal_number: int) -> None:
+        self._is_stopping = True
         raise Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt
 
 
