@@ -33,8 +33,8 @@ def main() -> None:
     described = describe_methods()
     for section, kinds in described.items():
         text = between(text, f"methods {section}", methods(kinds))
-    names = [("name", "where", "measured, or why not"), *published_names(described)]
-    text = between(text, "names", markdown(names, num_texts=3))
+    names = [("name", "where", "measured, or why not", "figures"), *published_names(described)]
+    text = between(text, "names", markdown(names, num_texts=4))
     text = between(text, "losses", losses(json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))["result"]))
     text = between(text, "untrained", untrained(json.loads((RESULTS / "untrained.json").read_text(encoding="utf-8"))))
     pretrained = json.loads((RESULTS / "pretraining.json").read_text(encoding="utf-8"))

@@ -225,9 +225,10 @@ class CausalTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="causa
 
 
 class Seq2SeqTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="seq2seq"):
-    """A sequence-to-sequence model, prompted as MonoT5 is."""
+    """A sequence-to-sequence model, prompted as MonoT5 is; tuned by a softmax over lists, RankT5."""
 
-    paper = "Nogueira et al., EMNLP Findings 2020, arXiv 2003.06713 (MonoT5)"
+    paper = "Nogueira et al., EMNLP Findings 2020, arXiv 2003.06713 (MonoT5); Zhuang et al., SIGIR 2023 (RankT5)"
+    measured = "not measured: no weights of a T5 can be had here; a tiny random one is tuned and read by a test"
     teacher_class = "seq2seq:Seq2SeqTeacher"
 
 
