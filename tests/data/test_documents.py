@@ -142,6 +142,7 @@ class TestFormats:
             ("utf-8", "cp1252", "Größe “unbekannt”"),
             ("euc-kr", "cp949", "의미 검색"),
             ("utf-16", "utf-16", "Größe"),
+            *((codec, "cp1252", "Größe “unbekannt”") for codec in ("hex", "rot13", "idna", "undefined", "no-such")),
         ],
     )
     def test_encodings_of_html(self, tmp_path, name, encoding, text):

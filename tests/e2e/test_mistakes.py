@@ -28,7 +28,7 @@ UPSERTS = {  # a corpus, what is in it, options, and words of the message
     "cut.jsonl.gz": (gzip.compress(LINE.encode())[:-9], "", "fetch or write the file again"),
     "packed.jsonl": (gzip.compress(LINE.encode()), "", "name it .gz, or unpack it"),
     "empty.pdf": ("", "", "empty.pdf: it is empty"),
-    "nested.jsonl": ("[" * 100_000, "", "nested.jsonl:1: nested too deeply"),
+    "nested.jsonl": ("[" * 100_000, "", "nested.jsonl:1: not valid JSON (it is nested too deeply"),
     "deep.jsonl": (LINE[:-2] + ', "metadata": {"a": {"b": 1}}}', "", "passage 'a', metadata field 'a'"),
     "year.jsonl": (LINE[:-2] + ', "year": "soon"}', "--field year:integer", "'year'"),
     "third.jsonl": (LINE[:-2] + ', "position": "third"}', "", "position"),

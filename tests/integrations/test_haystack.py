@@ -234,6 +234,7 @@ class TestFilters:
             ({"field": "a", "operator": "~", "value": 1}, "no operator '~'"),
             ({"field": "content", "operator": "==", "value": "x"}, "'content' cannot be used"),
             ({"field": "a", "operator": "in", "value": "x"}, "needs a list"),
+            ({"operator": "AND", "conditions": 5}, "AND needs a list of conditions"),
             ({"field": "a", "operator": ">", "value": [1]}, "is compared with"),
             ({"field": "a", "operator": ">", "value": None}, "is compared with None"),
             ({"operator": "AND", "conditions": []}, "AND has no conditions"),

@@ -232,7 +232,10 @@ def test_damaged_weights_are_reported(llama, content):
         load_pretrained(AutoModel, str(llama))
 
 
-@pytest.mark.parametrize("change", [{"intermediate_size": 64}, {"model_type": "no-such-type"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"intermediate_size": 64}, {"model_type": "no-such-type"}, {"num_attention_heads": 0}, {"dtype": "object"}],
+)
 def test_a_mismatched_configuration_is_reported(llama, change):
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | change))
@@ -286,4 +289,11 @@ def test_a_missing_tokenizer_is_reported(llama):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (llama / name).unlink()
     with pytest.raises(ModelNotFoundError, match=r"the tokenizer of .* cannot be loaded.*Put the tokenizer's files"):
+        load_tokenizer(str(llama))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "5", '{"version": null}'], ids=["deep", "number", "other"])
+def test_a_damaged_tokenizer_is_reported(llama, content):
+    (llama / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelNotFoundError, match=r"the tokenizer of .* cannot be loaded"):
         load_tokenizer(str(llama))

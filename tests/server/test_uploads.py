@@ -152,10 +152,18 @@ def test_bytes_of_files_are_stored_as_they_are(tmp_path: Path):
     assert [file.id for file in files] == ["a.txt", "näher (1).txt", 'quote " .txt']
 
 
-def test_the_name_may_be_encoded_as_older_clients_do_it():
-    header = "Content-Disposition: form-data; name=\"file\"; filename*=utf-8''n%C3%A4her.txt"
+@pytest.mark.parametrize(
+    ("encoded", "name"),
+    [
+        ("utf-8''n%C3%A4her.txt", "näher.txt"),
+        ("ISO-8859-1''n%E4her.txt", "näher.txt"),
+        *((f"{charset}''n%C3%A4her.txt", "näher.txt") for charset in ("", "hex", "idna", "undefined", "no-such")),
+    ],
+)
+def test_the_name_may_be_encoded_as_older_clients_do_it(encoded: str, name: str):
+    header = f'Content-Disposition: form-data; name="file"; filename*={encoded}'
     (document,) = read(form(header.encode() + b"\r\n\r\ntext"))
-    assert document.id == "näher.txt"
+    assert document.id == name
 
 
 MALFORMED = {

@@ -29,6 +29,7 @@ from d2llm.sizing.plan import SizePlan, in_words, parse_bytes, parse_count
         ("5x", None),
         ("1e6", None),
         ("nan", None),
+        ("9" * 400, None),
         ("5 0M", None),
     ],
 )

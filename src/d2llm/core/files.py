@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.json_values import parse_json
 
 TOO_LITTLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Errors of a machine without enough disk, open files or memory."""
@@ -241,7 +242,7 @@ def check_replaceable(target: Path, kind: str | None) -> None:
             )
     elif kind is not None:
         try:
-            existing_kind = json.loads(manifest.read_text(encoding="utf-8"))["kind"]
+            existing_kind = parse_json(manifest.read_text(encoding="utf-8"))["kind"]
         except (ValueError, LookupError, TypeError):
             existing_kind = None
         if existing_kind != kind:

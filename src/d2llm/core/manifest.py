@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import MANIFEST_NAME, write_json
+from d2llm.core.json_values import parse_json
 
 FILE_NAME = MANIFEST_NAME
 _PACKAGES = ("d2llm", "torch", "transformers", "safetensors", "numpy")
@@ -73,7 +73,7 @@ def read_any_manifest(folder: Path, kind: str = "") -> dict[str, Any]:
             advice += f", or index what is in it: d2llm index NEW.index sync {folder}"
         raise DataFormatError(path, f"not found, so {folder} is not a d2llm {kind} folder; {advice}")
     try:
-        manifest: object = json.loads(path.read_text(encoding="utf-8"))
+        manifest: object = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataFormatError(path, f"not valid JSON ({error}); restore or rebuild the folder") from error
     fields = cast("dict[str, Any]", manifest) if isinstance(manifest, dict) else {}

@@ -188,7 +188,8 @@ def _declared_encoding(data: bytes) -> str | None:
         return None
     try:
         name = codecs.lookup(declaration[1].decode("ascii", errors="replace")).name
-    except LookupError:
+        data.decode(name, errors="replace")
+    except (LookupError, ValueError):  # Python also has codecs that are no encodings of text, such as hex
         return None
     larger = {
         **dict.fromkeys(("ascii", "iso8859-1", "latin-1"), "cp1252"),

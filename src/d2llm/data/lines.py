@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
 from d2llm.core.files import is_stream
+from d2llm.core.json_values import parse_json
 
 _NUM_SHOWN = 5
 _BATCH_ROWS = 1024
@@ -73,9 +73,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Fields]]:
         if not text.strip():
             continue
         try:
-            record: object = json.loads(text)
-        except RecursionError as error:
-            raise DataFormatError(path, "nested too deeply; one object per line is needed", line=line) from error
+            record: object = parse_json(text)
         except ValueError as error:
             raise DataFormatError(
                 path, f"not valid JSON ({error}); one object per line is needed", line=line

@@ -16,6 +16,7 @@ from typing import Any, cast
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError, MismatchError
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_files
+from d2llm.core.json_values import parse_json
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
@@ -112,7 +113,7 @@ def read_plan(folder: Path) -> TrainingPlan:
 
 def _parse(path: Path, line_number: int, raw: bytes) -> PlanEntry:
     try:
-        value: object = json.loads(raw)
+        value: object = parse_json(raw)
     except ValueError as error:  # UnicodeDecodeError is one too
         raise DataFormatError(path, f"not valid JSON ({error}); {_REMEDY}", line=line_number) from error
     record = cast("dict[str, object]", value) if isinstance(value, dict) else {}

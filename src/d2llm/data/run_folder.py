@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError, RecipeError
 from d2llm.core.files import check_replaceable
+from d2llm.core.json_values import parse_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
@@ -85,7 +85,7 @@ def require_unfinished(folder: Path, kind: str) -> None:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest that a finished step wrote with its result."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def changed_student(folder: Path, recipe: Recipe) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.json_values import parse_json
 from d2llm.evaluation.report import REPORT_VERSION, SIGNIFICANCE_LEVEL
 from d2llm.ops.significance import holm
 
@@ -137,19 +137,20 @@ def leaderboard(reports: Sequence[_Report], notes: Iterable[str] = ()) -> Leader
 def _read(file: Path) -> _Report:
     """The report in a file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataFormatError(file, f"not JSON ({error}); give files that `d2llm evaluate --json` wrote") from error
     if not isinstance(content, dict) or cast("_Report", content).get("verb") != "evaluate":
         raise DataFormatError(file, "not the report of an evaluation; give files that `d2llm evaluate --json` wrote")
-    report = cast("_Report", content)["result"]
-    if report["report_version"] != REPORT_VERSION:
+    report = cast("_Report", content).get("result")
+    version = cast("_Report", report).get("report_version") if isinstance(report, dict) else None
+    if version != REPORT_VERSION:
         raise DataFormatError(
             file,
-            f"a report of version {report['report_version']}, but this d2llm reads version {REPORT_VERSION}; evaluate "
+            f"a report of version {version!r:.20}, but this d2llm reads version {REPORT_VERSION}; evaluate "
             "again with one version of d2llm",
         )
-    return report
+    return cast("_Report", report)
 
 
 def _set_names(reports: Sequence[_Report]) -> list[str]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
+from d2llm.core.json_values import parse_json
 from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind, Passage, Query, SystemKind, Task
@@ -295,7 +296,7 @@ class MeasuredStore:
         path = self.folder / f"{fingerprint_json([_VERSION, key])}.json"
         if path.is_file():
             self.num_found += 1
-            return json.loads(path.read_text(encoding="utf-8"))
+            return parse_json(path.read_text(encoding="utf-8"))
         values = make()
         write_bytes(path, json.dumps(values, ensure_ascii=False).encode())
         return values

@@ -10,7 +10,6 @@ call continues after an interruption; after changes to the documents it updates 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.files import write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.inputs import path_of, paths_of
+from d2llm.core.json_values import parse_json
 from d2llm.core.names import counted
 from d2llm.core.progress import remarks, showing_progress
 from d2llm.core.settings import shows
@@ -236,7 +236,7 @@ class Fit:
 
             load = partial(load_teacher, self.settings.teacher, device=self.device, dtype=self.dtype)
             teacher, placement = place_teacher(self.settings.teacher, load, self.runner, device=self.device)
-        written = json.loads(self.folder.finished_writing.read_text(encoding="utf-8"))
+        written = parse_json(self.folder.finished_writing.read_text(encoding="utf-8"))
         review = review_queries(
             DraftStore(self.folder.drafts, written["writer"]),
             self.served.passages,
@@ -363,7 +363,7 @@ class Fit:
 
         begun = self.folder.run(key) / "recipe.json"
         if begun.is_file():
-            recipe = parse_recipe(json.loads(begun.read_text(encoding="utf-8")), where=str(begun))
+            recipe = parse_recipe(parse_json(begun.read_text(encoding="utf-8")), where=str(begun))
         else:
             begun.parent.mkdir(parents=True, exist_ok=True)
             write_json(begun, recipe.model_dump(mode="json"))
@@ -511,7 +511,7 @@ class Fit:
         """The report of an earlier call that finished the writing for these documents, settings and as much time."""
         if not self.folder.finished_writing.is_file():
             return None
-        written = json.loads(self.folder.finished_writing.read_text(encoding="utf-8"))
+        written = parse_json(self.folder.finished_writing.read_text(encoding="utf-8"))
         is_same = written["corpus"] == self.served.key and written["request"] == self._writing_request
         return WritingReport(**written["report"]) if is_same and self.settings.hours <= written["hours"] else None
 

@@ -21,7 +21,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.names import counted
@@ -291,6 +292,9 @@ def passage_hash(passage: Passage) -> str:
     return hashlib.blake2b(passage.full_text.encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
+_DRAFTS = TypeAdapter(Draft)
+
+
 class DraftStore:
     """The drafts of one writer (fingerprint) in a folder; a line that an interruption left unfinished is dropped."""
 
@@ -345,11 +349,10 @@ class DraftStore:
                 file.truncate(complete)
         for line_number, line in enumerate(content[:complete].splitlines(), start=1):
             try:
-                values: dict[str, Any] = json.loads(line)
-                values["queries"] = tuple(values["queries"])
-                draft = Draft(**values)
-            except (ValueError, TypeError, KeyError) as error:
-                problem = f"is not a written query ({error}); delete the line, and it will be written again"
+                draft = _DRAFTS.validate_json(line)
+            except ValidationError as error:
+                what = error.errors(include_url=False)[0]["msg"]
+                problem = f"is not a written query ({what}); delete the line, and it will be written again"
                 raise DataFormatError(self.path, problem, line=line_number) from error
             self._remember(draft)
 

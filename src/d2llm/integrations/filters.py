@@ -52,7 +52,10 @@ def haystack_condition(filters: Mapping[str, Any]) -> str:
         raise FilterError(f"filters: a dictionary is needed, but {type(filters).__name__} was given ({filters!r:.60})")
     operator = filters.get("operator")
     if "conditions" in filters and operator in ("AND", "OR", "NOT"):
-        return _joined(operator, [haystack_condition(condition) for condition in filters["conditions"]])
+        conditions = filters["conditions"]
+        if not isinstance(conditions, list | tuple):
+            raise FilterError(f"filters: {operator} needs a list of conditions, but has {conditions!r:.60}")
+        return _joined(operator, [haystack_condition(item) for item in cast("list[Any]", conditions)])
     if not {"field", "operator", "value"} <= filters.keys():
         raise FilterError(
             f"filters {dict(filters)!r:.100}: give field, operator and value, or the operator AND, OR or NOT with "

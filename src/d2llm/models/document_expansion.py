@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.json_values import parse_json
 from d2llm.models.fitted_part import Widths
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.words import WORD_RULE
@@ -132,7 +133,7 @@ class DocumentExpansion:
         if (owner := metadata.get("student")) != student:
             raise ModelError(f"{path} was fitted to the student {owner}, but this one is {student}; {remedy}")
         try:
-            facts: dict[str, Any] = json.loads(metadata["facts"])
+            facts: dict[str, Any] = parse_json(metadata["facts"])
             facts["terms"] = tuple(facts["terms"])
             expansion = cls(**facts, **arrays)
         except (ValueError, LookupError, TypeError) as error:

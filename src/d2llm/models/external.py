@@ -6,7 +6,6 @@ a baseline loses no quality to rounding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.json_values import read_model_json
 from d2llm.core.manifest import FILE_NAME
 from d2llm.core.progress import Advance
 from d2llm.core.types import Task
@@ -266,12 +266,7 @@ def _kind(folder: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: not a JSON object ({error}); fetch the model again") from error
+    return read_model_json(path) if path.is_file() else {}
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -6,7 +6,6 @@ on these parts, so an index is valid for the student with or without them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_json
+from d2llm.core.json_values import parse_json
 from d2llm.core.manifest import check_format_version
 from d2llm.core.problems import describe_errors
 
@@ -57,7 +57,7 @@ class FittedPart(FittedValues):
             return None
         remedy = f"restore the student's folder, or delete the file and its name in the manifest to {cls.without}"
         try:
-            content: dict[str, Any] = json.loads(path.read_bytes())
+            content: dict[str, Any] = parse_json(path.read_bytes())
             owner, version, kind = (content.pop(name) for name in ("student", "format_version", "kind"))
             if kind != cls.kind:
                 raise ValueError(f"its kind is {kind!r}, not {cls.kind!r}")

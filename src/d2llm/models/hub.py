@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.inputs import path_of
+from d2llm.core.json_values import read_model_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.names import did_you_mean
 from d2llm.core.shipped import PACKAGES, shipped_models
@@ -220,11 +221,7 @@ def _is_ours(name: str) -> bool:
 def _refuse_code(folder: Path) -> None:
     """Refuse ``auto_map`` in a configuration: it names code, perhaps elsewhere, that transformers offers to run."""
     for path in folder.rglob("*config.json"):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path}: is not valid JSON ({error}); download it again") from error
-        if isinstance(content, dict) and "auto_map" in content:
+        if "auto_map" in read_model_json(path):
             raise ModelError(f"{path}: refers to custom code (auto_map), which d2llm never runs; use another student")
 
 

@@ -11,7 +11,6 @@ whether they are aligned with the last layer, says ``losses.nested_cross_entropy
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
+from d2llm.core.json_values import read_model_json
 from d2llm.models.backbone import Backbone, load_weights
 from d2llm.models.device import use_plain_attention_on_cpu
 from d2llm.models.fast_layers import sum_gradients_by_row
@@ -398,7 +398,7 @@ def _auto_pooling(config: BackboneConfig, location: str, model_config: Any) -> s
     """The kind of pooling that a model was trained with."""
     settings = find_model_file(location, "1_Pooling/config.json")  # where sentence-transformers keeps it
     if settings is not None:
-        modes: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+        modes = read_model_json(settings)
         # Newer files name the mode or modes, older ones have a flag per mode.
         named = modes.get("pooling_mode")
         flagged = [name for flag, name in _POOLING_FLAGS.items() if modes.get(flag) is True]

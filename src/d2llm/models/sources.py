@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from d2llm.core.errors import DataFormatError, ModelError, ModelNotFoundError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder, write_bytes
+from d2llm.core.json_values import parse_json, read_model_json
 from d2llm.core.manifest import read_any_manifest
 from d2llm.core.shipped import find_shipped
 from d2llm.models.downloads import check_package, check_snapshot
@@ -178,7 +179,7 @@ def load_pretrained(
             model, report = auto_class.from_pretrained(
                 folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # libraries raise errors of any kind about files that are not what they expect
         raise ModelNotFoundError(
             f"model '{location}' cannot be loaded: {first_sentence(error)}. Give a local folder with config.json and "
             "safetensors weights, or check the Hub name and the network"
@@ -219,7 +220,7 @@ def find_model_file(location: str, name: str) -> Path | None:
 def model_type(location: str) -> str:
     """The architecture that config.json of the model at ``location`` names; "" if it does not say."""
     path = find_model_file(location, "config.json")
-    return "" if path is None else str(json.loads(path.read_text(encoding="utf-8")).get("model_type", ""))
+    return "" if path is None else str(read_model_json(path).get("model_type", ""))
 
 
 def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
@@ -256,7 +257,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mappi
 
     content = save(dict(arrays), dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}).encode()
+    header = json.dumps(parse_json(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}).encode()
     header += b" " * (-len(header) % 8)
     write_bytes(path, len(header).to_bytes(8, "little") + header + content[end:])
 
@@ -268,7 +269,7 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises a plain one
         raise ModelNotFoundError(
             f"the tokenizer of '{location}' cannot be loaded: {first_sentence(error)}. Put the tokenizer's files "
             "(tokenizer.json, tokenizer_config.json) next to the weights"

@@ -40,8 +40,12 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
     """Read the manifest of a student's folder, and the configuration in it.
 
     Raises:
-        DataFormatError: there is no manifest, it belongs to another kind of artifact, or it lacks a field.
+        DataFormatError: there is no manifest, it belongs to another kind of artifact, or it lacks a field; the
+            folder has a pipe or device.
     """
+    for path in folder.rglob("*"):
+        if not path.is_file() and not path.is_dir():  # a pipe would be waited for, a device has no end
+            raise DataFormatError(path, f"is no file, but a pipe, a device or a broken link; {RESTORE}")
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     missing = {"config", "fingerprint", "base_fingerprint", "pooling", CONTENT_HASH} - manifest.keys()
     if missing:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
@@ -24,6 +23,7 @@ from mcp.shared.message import SessionMessage
 from pydantic import ValidationError
 
 from d2llm import __version__
+from d2llm.core.json_values import parse_json
 from d2llm.server.agent_arguments import INSTRUCTIONS, AgentTool, tools_of
 from d2llm.server.settings import ServeSettings
 
@@ -125,8 +125,8 @@ def _id_of(error: ValidationError) -> str | int | None:
     for problem in error.errors():
         message = problem["input"]
         if problem["type"] == "json_invalid":
-            with contextlib.suppress(ValueError, RecursionError):
-                message = json.loads(message)
+            with contextlib.suppress(ValueError):
+                message = parse_json(message)
         if isinstance(message, dict):
             fields = cast("dict[str, Any]", message)
             if "method" in fields and type(fields.get("id")) in (str, int):

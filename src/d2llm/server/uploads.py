@@ -157,7 +157,8 @@ def _name_of(part: Any) -> str:
         raise invalid(f"a part of the form is encoded as {shortened(coding)!r}; send files as they are", "file")
     name = part.filename or ""
     if not name and (encoded := _ENCODED_NAME.search(part.header("Content-Disposition", ""))):
-        name = unquote(encoded["name"], encoded["charset"] or "utf-8", "replace")  # RFC 5987, as older clients send it
+        charset = "iso-8859-1" if encoded["charset"].lower() == "iso-8859-1" else "utf-8"  # what RFC 5987 knows
+        name = unquote(encoded["name"], charset, "replace")
     if len(name) > _MAX_NAME_CHARS:
         problem = f"its name has {len(name):,} characters, more than {_MAX_NAME_CHARS:,}"
         raise invalid(f"file {shortened(name)}: {problem}; send it with a shorter one", "file")

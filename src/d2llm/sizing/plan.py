@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import ClassVar
 
@@ -59,7 +60,8 @@ def _parse(text: str, units: dict[str, int]) -> float | None:
     match = _NUMBER.fullmatch(text.strip())
     if match is None or match[2].lower() not in units:
         return None
-    return round(float(re.sub("[_,]", "", match[1])) * units[match[2].lower()], 6)
+    value = round(float(re.sub("[_,]", "", match[1])) * units[match[2].lower()], 6)
+    return value if math.isfinite(value) else None
 
 
 _COUNT = Shown(metavar="N", parse=parse_count)

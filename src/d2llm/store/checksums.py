@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from d2llm.core.files import write_json
+from d2llm.core.json_values import parse_json
 
 BLOCK_BYTES = 1 << 18
 _SAMPLED_BLOCKS = 32
@@ -101,10 +102,7 @@ def read_checked(path: Path, *, compare: bool = True) -> Any:
         OSError: the file cannot be read.
         ValueError: the file is not JSON, or is not what was written.
     """
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deeply") from error
+    value = parse_json(path.read_bytes().decode("utf-8"))
     stored = value.pop(_KEY, None) if isinstance(value, dict) else None
     if compare and (stored is None or stored != _json_checksum(value)):
         raise ValueError(f"{path.name} is not what was written")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import shutil
@@ -18,6 +17,7 @@ from d2llm.core.errors import D2LLMError, InputError, RecipeError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import check_count
+from d2llm.core.json_values import parse_json
 from d2llm.core.manifest import read_manifest
 from d2llm.core.progress import remarks
 from d2llm.data.labels import LabelStore
@@ -92,7 +92,7 @@ def read_result(shared: RunSettings, name: str, seed: int) -> RunResult | None:
     student = shared.student(name, seed)
     if not _record(student).is_file() or not is_finished(student):
         return None
-    record = json.loads(_record(student).read_text(encoding="utf-8"))
+    record = parse_json(_record(student).read_text(encoding="utf-8"))
     result = RunResult(**record["result"]) if record.get("measured_on") == shared.measured_on else None
     fingerprint = read_manifest(student, KIND, FORMAT_VERSION)["fingerprint"]
     return result if result is not None and result.fingerprint == fingerprint else None
@@ -146,7 +146,7 @@ def _seconds(log: Path) -> float:
     """The training time over all sessions; the log's clock restarts in each session."""
     total = before = 0.0
     for line in log.read_text(encoding="utf-8").splitlines():
-        now = json.loads(line)["seconds"]
+        now = parse_json(line)["seconds"]
         total += now - before if now >= before else now
         before = now
     return total

@@ -23,6 +23,7 @@ from torch.autograd.graph import increment_version
 from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
 from d2llm.core.extras import require
 from d2llm.core.files import write_bytes
+from d2llm.core.json_values import parse_json
 from d2llm.models.sources import load_tensors
 from d2llm.recipe import Recipe, TrainingConfig, WarmUpConfig
 from d2llm.recipe.recipe import changed_recipe, changed_settings
@@ -80,7 +81,7 @@ def load_checkpoint(
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it to restart the run") from error
-    saved, current = json.loads(metadata["identity"]), json.loads(json.dumps(identity))
+    saved, current = parse_json(metadata["identity"]), parse_json(json.dumps(identity))
     changes = [] if shaping is None else changed_recipe(saved.pop("recipe"), current.pop("recipe"), shaping)
     if changes := [*changes, *changed_settings(saved, current)]:
         raise InputError(
@@ -94,7 +95,7 @@ def load_checkpoint(
         _, kind, name = key.split("/", 2)
         parameter = parameters[name]
         optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
-    return json.loads(metadata["state"])
+    return parse_json(metadata["state"])
 
 
 class BestState:
@@ -312,7 +313,7 @@ class RunLog:
 def _step_of(line: str) -> float:
     """The step of a log line; infinity if a killed process left the line incomplete."""
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_json(line)["step"])
     except (ValueError, LookupError, TypeError):
         return math.inf
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_json
+from d2llm.core.json_values import parse_json
 from d2llm.core.manifest import package_versions
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
@@ -320,7 +320,7 @@ def _read_gates(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
+        content: object = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataFormatError(path, f"not valid JSON ({error}); delete it and run the gate again") from error
     record = cast("dict[str, Any]", content) if isinstance(content, dict) else {}

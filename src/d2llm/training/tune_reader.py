@@ -31,6 +31,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.inputs import objects_of
+from d2llm.core.json_values import parse_json
 from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Qrels, Task
@@ -578,5 +579,5 @@ def _read(file: Path, fingerprint: str) -> dict[str, RankedLists] | None:
             return None
         return {
             split: RankedLists(query_ids, queries, ids, *(opened.get_tensor(f"{split}/{name}") for name in _ARRAYS))
-            for split, (query_ids, queries, ids) in json.loads(metadata["texts"]).items()
+            for split, (query_ids, queries, ids) in parse_json(metadata["texts"]).items()
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, cast
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from d2llm.core.errors import ModelError
+from d2llm.core.json_values import read_model_json
 from d2llm.models.sources import weights_folder
 from d2llm.recipe import BackboneConfig
 
@@ -34,7 +34,7 @@ class Model2Vec(BackboneConfig, kind="model2vec"):
     @classmethod
     def load_model(cls, location: str, dtype: torch.dtype) -> PreTrainedModel:
         folder = weights_folder(location)
-        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = read_model_json(folder / "config.json")
         try:
             tensors = load_file(folder / "model.safetensors")
             embeddings = tensors["embeddings"].float()

@@ -23,6 +23,7 @@ from torch import Tensor
 from d2llm.core.batches import batched
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.json_values import parse_json
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import QueryExpansion
 from d2llm.data.plan import TrainingSource
@@ -139,7 +140,7 @@ def read_expansions(path: Path) -> Passages:
     content = path.read_bytes() if path.is_file() else b""
     for line_number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            values: Any = json.loads(line)
+            values: Any = parse_json(line)
             query, texts = values["query"], values["passages"]
         except (ValueError, TypeError, KeyError) as error:
             raise DataFormatError(path, f"needs a query and its passages ({error!r})", line=line_number) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,13 +9,18 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import ModelError
+from d2llm.core.json_values import read_model_json
 from d2llm.models.engines.lean_layers import Arrays, attend, dense, gelu, norm
 from d2llm.models.sources import find_model, fingerprint_model
 from d2llm.models.tokens import TextReader
 from d2llm.recipe import BackboneConfig
 
-_SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"}
-_LIMITS = {"max_position_embeddings", "type_vocab_size", "vocab_size", "layer_norm_eps"}
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"),
+    *("max_position_embeddings", "type_vocab_size", "vocab_size"),
+)
+_TOKENS = ("pad_token", "eos_token", "unk_token")
 _NOT_USED = ("pooler.", "cls.", "embeddings.position_ids")
 _MODEL_FILE, _TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 _WORDS, _LAYER, _PEFT = "embeddings.word_embeddings.weight", "encoder.layer.", "base_model.model."
@@ -33,7 +37,7 @@ class LeanTokenizer:
 
         self._tokenizer: Any = Tokenizer.from_file(str(folder / _TOKENIZER_FILE))
         self._tokenizer.no_padding()
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = read_model_json(folder / "tokenizer_config.json")
         self.eos_token_id = self._id(settings.get("eos_token"))
         self.pad_token_id = self._id(settings["pad_token"])
         self.unk_token_id = self._id(settings.get("unk_token"))
@@ -97,21 +101,31 @@ class LeanBert(TextReader):
             tokenizer_folder = folder
         if not (folder / _MODEL_FILE).is_file() or not (tokenizer_folder / _TOKENIZER_FILE).is_file():
             return None
-        sizes: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        settings: dict[str, Any] = json.loads((tokenizer_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        try:
+            sizes = read_model_json(folder / "config.json")
+            settings = read_model_json(tokenizer_folder / "tokenizer_config.json")
+        except ModelError:
+            return None
         plain = sizes.get("model_type") == "bert" and sizes.get("hidden_act") == "gelu"
         plain = plain and sizes.get("position_embedding_type", "absolute") == "absolute"
         plain = plain and not sizes.get("is_decoder") and "quantization_config" not in sizes
-        if not plain or not sizes.keys() >= _SIZES | _LIMITS or not isinstance(settings.get("pad_token"), str):
+        plain = plain and all(isinstance(sizes.get(name), int) and sizes[name] > 0 for name in _SIZES)
+        if not plain or not isinstance(sizes.get("layer_norm_eps"), float):
+            return None
+        if any(not isinstance(settings.get(name, ""), str | None) for name in _TOKENS) or not settings.get("pad_token"):
             return None
         depth = config.layers or sizes["num_hidden_layers"]
         limits = (config.max_query_tokens, config.max_passage_tokens)
         if depth > sizes["num_hidden_layers"] or max(limits) > sizes["max_position_embeddings"]:
             return None
-        model = cls(config, location, sizes | {"num_hidden_layers": depth}, LeanTokenizer(tokenizer_folder))
-        return model if model._load(folder / _MODEL_FILE, _shapes(sizes), adapter) else None
+        try:
+            tokenizer = LeanTokenizer(tokenizer_folder)
+        except Exception:  # noqa: BLE001 - tokenizers raises a plain one
+            return None
+        model = cls(config, location, sizes | {"num_hidden_layers": depth}, tokenizer)
+        return model if model._load(folder / _MODEL_FILE, sizes, adapter) else None
 
-    def _load(self, path: Path, shapes: Mapping[str, tuple[int, ...]], adapter: Arrays) -> bool:
+    def _load(self, path: Path, sizes: Mapping[str, Any], adapter: Arrays) -> bool:
         """Read the weights and take the adapter; whether both have the expected names and shapes."""
         from safetensors import SafetensorError, safe_open
 
@@ -121,6 +135,9 @@ class LeanBert(TextReader):
             return False
         names = {name.removeprefix("bert."): name for name in file.keys()}  # noqa: SIM118 - it is no dictionary
         slices = {name: file.get_slice(named) for name, named in names.items() if not name.startswith(_NOT_USED)}
+        if sizes["num_hidden_layers"] > len(slices) or sizes["hidden_size"] % sizes["num_attention_heads"]:
+            return False
+        shapes = _shapes(sizes)
         if {name: tuple(part.get_shape()) for name, part in slices.items()} != shapes:
             return False
         if not {part.get_dtype() for part in slices.values()} <= {"F32", "F16"}:

@@ -12,7 +12,6 @@ A student's token embeddings are another model for the library, a ``MultiVectorE
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2llm.core.files import write_json
+from d2llm.core.json_values import read_model_json
 from d2llm.core.types import Task, default_task
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pretrained import SENTENCE_TRANSFORMERS_POOLINGS
@@ -186,7 +186,7 @@ def _write_transformer(folder: Path, backbone: BackboneConfig) -> None:
         },
     )
     tokenizer = folder / "tokenizer_config.json"
-    settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+    settings = read_model_json(tokenizer)
     # Plain `encode` reads texts as passages. Padding on the left would shift the positions.
     write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
+from d2llm.core.json_values import parse_json
 from d2llm.core.progress import Advance
 from d2llm.models.remote.kept_answers import kept_answers
 from d2llm.recipe import EndpointConfig
@@ -316,7 +317,7 @@ class Endpoint(Generic[_Answer]):
                 raise self._error_of(response)
             return refusal
         try:
-            return self._read(response.json())
+            return self._read(parse_json(response.content))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{self.address} did not answer with {self._answer}: {self._quote(response)}; give the address of an "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from d2llm.core.errors import DataFormatError, MismatchError, ModelError
+from d2llm.core.errors import DataFormatError, MismatchError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.json_values import read_model_json
 from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
 from d2llm.core.types import TASKS, Task
 from d2llm.models.downloads import find_saved
@@ -60,10 +60,7 @@ def find_kind(config: TeacherConfig) -> str:
     config_file = find_model_file(find_model(config.model), "config.json")
     if config_file is None:
         return "causal"
-    try:
-        settings = dict(json.loads(config_file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{config_file}: is not a model's configuration ({error}); fetch or restore it") from error
+    settings = read_model_json(config_file)
     architecture = str((settings.get("architectures") or [""])[0])
     if architecture.endswith("ForSequenceClassification"):
         return "classifier"

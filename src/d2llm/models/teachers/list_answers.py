@@ -6,8 +6,6 @@ numbers. What is missing or doubtful is left out, never guessed: the caller asks
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any, cast
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.json_values import parse_json
 from d2llm.core.types import Task
 from d2llm.models.prompt_sets import read_prompt_section
 from d2llm.models.remote.completions import without_thoughts
@@ -129,8 +128,8 @@ def _json(text: str) -> Any:
         first, last = (text.find(start), text.rfind(end) + 1) if start else (0, len(text))
         if 0 <= first < last:
             try:
-                value = json.loads(text[first:last])
-            except (ValueError, RecursionError):
+                value = parse_json(text[first:last])
+            except ValueError:
                 continue
             if isinstance(value, (dict, list)) and (not start or not _is_one_rank(cast("Any", value))):
                 return cast("Any", value)
@@ -159,7 +158,7 @@ def _grade(value: Any) -> float | None:
         value = float(match[1]) if match else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) and 0 <= value <= 100 else None
+    return float(value) if 0 <= value <= 100 else None
 
 
 def _is_ranking(line: str) -> bool:

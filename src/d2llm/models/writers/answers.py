@@ -6,11 +6,11 @@ hold is a useless query, which later filters remove.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from typing import Any, cast
 
+from d2llm.core.json_values import parse_json
 from d2llm.models.remote.completions import without_thoughts
 from d2llm.models.remote.endpoint import quoted
 
@@ -164,7 +164,7 @@ def _json_list(lines: list[str]) -> list[str] | None:
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
-        value: Any = json.loads(text)
+        value: Any = parse_json(text)
     except ValueError:
         return None
     if not isinstance(value, list):

@@ -5,7 +5,6 @@ Passage vectors are kept in a memory-mapped file: memory holds one block of text
 
 from __future__ import annotations
 
-import json
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import ModelError
 from d2llm.core.files import write_json
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
+from d2llm.core.json_values import parse_json
 from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
@@ -119,7 +119,7 @@ def encode_to_file(
         path, state = _vector_files(encoder, passages, ids, folder)
     else:
         path, state = folder / "vectors-once.npy", folder / "vectors-once.json"
-    finished = int(json.loads(state.read_text(encoding="utf-8"))["rows"]) if state.is_file() else 0
+    finished = int(parse_json(state.read_text(encoding="utf-8"))["rows"]) if state.is_file() else 0
     target: Any = np.load(path, mmap_mode="r+") if finished else None
     with progress_bar("encoding passages", len(ids), done=finished) as advance:
         blocks = [ids[start : start + BLOCK_PASSAGES] for start in range(finished, len(ids), BLOCK_PASSAGES)]
