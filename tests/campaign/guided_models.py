@@ -149,8 +149,7 @@ def _endpoint(folder: Path) -> Read:
 def _tensors(path: Path) -> object:
     from d2llm.models.sources import load_arrays, load_metadata
 
-    load_metadata(path)
-    return load_arrays(path, remedy="restore it")
+    return load_arrays(path, remedy="restore it"), load_metadata(path)
 
 
 def _safetensors() -> bytes:
@@ -194,7 +193,7 @@ def _checked(name: str, read: Callable[[Path], object]) -> Callable[[Path], Read
             try:
                 value.pop("own_checksum", None)
                 write_checked(folder / name, value)
-            except (AttributeError, UnicodeEncodeError):  # no object, or half a surrogate pair
+            except (AttributeError, TypeError, UnicodeEncodeError):  # no object, or half a surrogate pair
                 (folder / name).write_bytes(data)
             return read(folder)
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from campaign import (
+    changing_files,
     frame,
     full_disks,
+    guided_files,
     histories,
     hostile_folders,
+    hostile_students,
     invariances,
     keys,
     malformed_files,
@@ -31,14 +34,19 @@ from campaign import (
     surroundings,
     verb_kills,
 )
+from campaign.guided_process import TARGETS, Watched
+from campaign.guided_targets import Target
 from campaign.histories import Call, is_linearizable
 from campaign.power_cuts import Disk, File
 from campaign.table import PAGE, page_with_table
 
 ROWS = {
+    changing_files.ROW: 4,
     full_disks.ROW: 3,
+    guided_files.ROW: 1,
     histories.ROW: 4,
     hostile_folders.ROW: 3,
+    hostile_students.ROW: 5,
     invariances.ROW: 200,
     keys.ROW: 1,
     malformed_files.ROW: 40,
@@ -60,6 +68,8 @@ pytestmark = pytest.mark.timeout(1200)
 def test_a_few_cases(row: frame.Row, count: int, tmp_path: Path):
     if row is power_cuts.ROW and shutil.which("cc") is None:
         pytest.skip("needs a C compiler, cc")
+    if row is guided_files.ROW and guided_files.why_not():
+        pytest.skip(guided_files.why_not())
     if row in {full_disks.ROW, ray_heads.ROW, ray_splits.ROW} and namespaces.why_not():
         pytest.skip(f"no namespaces: {namespaces.why_not()}")
     if row in {ray_faults.ROW, ray_heads.ROW, ray_splits.ROW}:
@@ -87,6 +97,22 @@ def test_a_store_that_does_not_sync_its_table_loses_commits(monkeypatch: pytest.
 
     monkeypatch.setattr(power_cuts, "read_log", without_syncs)
     assert frame.run(power_cuts.ROW, 2, seed=7).faults
+
+
+def test_what_a_parser_raises_is_a_fault_unless_it_says_so(tmp_path: Path):
+    """Once for each place, with the input."""
+    faults = tmp_path / "faults.jsonl"
+    target = Target(lambda _: lambda data: int(data), [b"5"], expected=["ValueError"])
+    call = Watched(target, target.make(tmp_path), faults)
+    call(b"5")
+    call(b"x")
+    assert not faults.exists()
+    call = Watched(Target(target.make, target.seeds), target.make(tmp_path), faults)
+    call(b"x")
+    call(b"y")
+    (line,) = faults.read_text().splitlines()
+    assert json.loads(line)["kind"] == "ValueError"
+    assert len(TARGETS) > 50
 
 
 def test_every_script_is_a_row():

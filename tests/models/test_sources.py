@@ -28,6 +28,8 @@ from d2llm.models.sources import (
     locate_model,
     write_arrays,
 )
+from d2llm.models.tokens import TextReader
+from d2llm.recipe import BackboneConfig
 from tiny_models import write_tiny_model
 
 
@@ -297,3 +299,13 @@ def test_a_damaged_tokenizer_is_reported(llama, content):
     (llama / "tokenizer.json").write_text(content)
     with pytest.raises(ModelNotFoundError, match=r"the tokenizer of .* cannot be loaded"):
         load_tokenizer(str(llama))
+
+
+def test_a_pattern_that_takes_exponential_time_is_an_error(llama):
+    path = llama / "tokenizer.json"
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": pattern}))
+    reader = TextReader()
+    reader.config, reader.tokenizer = BackboneConfig(model=str(llama)), load_tokenizer(str(llama))
+    with pytest.raises(ModelError, match="the tokenizer fails on a text"):
+        reader.tokenize(["a" * 40 + "b"], "query")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,6 +182,19 @@ class EncodedTexts:
         )
 
 
+@contextmanager
+def _no_panic() -> Generator[None]:
+    """Turn what tokenizers, in Rust, raises where it cannot go on (its own kind of exception) into one of d2llm's."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"the tokenizer fails on a text ({error}); use another model, or its original files"
+        ) from error
+
+
 class TextReader:
     """Turns texts into tokens, with a tokenizer of ``transformers`` or one with the same interface.
 
@@ -203,12 +217,13 @@ class TextReader:
 
         Raises:
             InputError: ``texts`` is a single string, or a text holds a lone surrogate.
+            ModelError: the tokenizer fails on a text.
         """
         prefixed, limit = self._prepare(texts, kind, prefix, limit)
         if not prefixed:
             return TokenizedTexts([])
         # Only texts over the limit are tokenized twice, so that the tokenizer keeps its closing special token.
-        with TOKENIZING:
+        with TOKENIZING, _no_panic():
             ids = cast("list[list[int]]", self.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"])
             too_long = [index for index, row in enumerate(ids) if len(row) > limit]
             if too_long:

@@ -8,9 +8,11 @@ table lacks counts as one that a single passage has, so names and words of other
 from __future__ import annotations
 
 import io
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +71,7 @@ class BackgroundWords:
             with np.load(path) as arrays:
                 rule, sums = int(arrays["rule"]), arrays["sums"].tolist()
                 table = cls(arrays["terms"], arrays["counts"], WordStatistics(*sums))
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, EOFError, BadZipFile, zlib.error, ValueError, LookupError, TypeError) as error:
             raise DataFormatError(path, f"cannot be read ({error}); install d2llm again") from error
         if rule != WORD_RULE:
             problem = f"has words by rule {rule}, but this d2llm makes them by rule {WORD_RULE}"
