@@ -43,7 +43,6 @@ BEYOND: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "max_text_chars": [
         ("/v1/search", {"query": "c" * 201}),
         ("/v1/embeddings", {"input": "c" * 201, "model": "student-0"}),
-        ("/rerank", {"query": "the cat", "texts": ["c" * 201]}),
         ("/v1/passages", {"passages": [PASSAGE | {"text": "c" * 201}]}),
     ],
     "max_document_chars": [("/v1/documents", {"documents": [{"id": "d", "text": "cat " * 101}]})],
