@@ -107,7 +107,7 @@ def unlabelled_texts(
     texts are the passages, and there are no queries.
     """
     if config.corpus is not None:
-        texts = [each.full_text for each in open_corpus([Path(config.corpus)], with_metadata=False).passages]
+        texts = [passage.full_text for passage in open_corpus([Path(config.corpus)], with_metadata=False).passages]
         return random.Random(f"{seed}:corpus").sample(texts, min(config.max_passages, len(texts))), []
     passages: list[str] = []
     queries: list[str] = []
