@@ -5,7 +5,7 @@ with one loss, and rank the first 50 passages of z again. Targets are half the t
 half the judgements. Each data set has a head of its own, as a task has a branch.
 
 Of vectors, as students have them: the inner product with two maps (`inner product`), with the IEM of four kinds of
-features or with gates, the published head (`paper`, three layers as in its code), weights that the query generates
+features, the published head (`paper`, three layers as in its code), weights that the query generates
 (Hypencoder), mean and variance (`multivariate`). Of tokens, compared by the backbone's own states: `maxsim` (one weight
 beside z), `knrm` (a linear function of eleven kernels in place of z; Xiong et al., "End-to-End Neural Ad-hoc Ranking
 with Kernel Pooling", SIGIR 2017, with tokens that stand still), and the designs of `token_interaction.py`.
@@ -74,7 +74,7 @@ class MaxSim(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last = nn.Linear(1, 1, bias=False)
+        self.last = nn.Linear(1, 1)
 
     def forward(self, lists: Lists) -> Tensor:
         return self.last(10 * lists.scores[:, :, 4:])
@@ -162,13 +162,12 @@ HEADS: dict[str, tuple[Make, float]] = {
     "IEM, product": (of_vectors(features="product"), 3e-4),
     "IEM, difference": (of_vectors(features="difference"), 3e-4),
     "IEM, concat": (of_vectors(features="concat"), 3e-4),
-    "IEM, gates": (of_vectors(gates=True), 3e-4),
-    "generated": (of_vectors(features="generated", hidden_dim=16, feature_dim=16), 3e-4),
-    "paper": (of_vectors(head="paper", features="concat", layers=3, tasks=TASKS), 1e-3),
-    "multivariate": (lambda dim, task: Whole(Multivariate(dim, task)), 3e-4),
     "maxsim": (beside(lambda _: MaxSim()), 2e-3),
     "knrm": (lambda _, __: Whole(KNRM()), 2e-2),
     **{f"tokens, {name}": (beside(DESIGNS[name]), 2e-3) for name in ("tokens", "kernels", "transformer", "generated")},
+    "generated": (of_vectors(features="generated", hidden_dim=16, feature_dim=16), 3e-4),
+    "paper": (of_vectors(head="paper", features="concat", layers=3, tasks=TASKS), 1e-3),
+    "multivariate": (lambda dim, task: Whole(Multivariate(dim, task)), 3e-4),
 }
 """Each head with its learning rate: those of students have that of their second stage, `paper` that of its variant."""
 

@@ -1,9 +1,9 @@
 """Does a task that was written with each query help a student that learns from written queries (Gecko's first step)?
 
 A large language model read 100 passages of wikiqa that no dev or test query is about, and wrote for each a task and a
-query (`written_queries/tasks/wikiqa.jsonl`). Static vectors learn from these queries alone, with the task as each
-query's instruction and without. They are measured on the dev queries that people asked, after the one task of them all
-and without it.
+query (`written_queries/tasks/wikiqa.jsonl`). Static vectors learn from these queries alone, each against the other
+passages of its batch, with the task as each query's instruction and without. They are measured on the dev queries that
+people asked, after the one task of them all and without it.
 
     d2llm distill-static DATA/wikiqa/corpus.jsonl.gz --out runs/static --dim 256
     python benchmarks/written_tasks.py DATA RUN --json benchmarks/results/written-tasks.json
@@ -23,7 +23,7 @@ from recorded_writer import written_queries
 
 from d2llm import Run, Student
 from d2llm.data.beir import read_beir
-from d2llm.data.plan import TrainingPlan
+from d2llm.data.plan import PlanEntry, TrainingPlan, write_plan
 from d2llm.data.run_folder import training_source
 from d2llm.models.writers.answers import split_task
 from d2llm.recipe import DataConfig
@@ -66,7 +66,10 @@ def train(out: Path, name: str, seed: int) -> Student:
     """A student that was trained on one form of the set."""
     recipe = load_recipe(RECIPE).model_copy(update={"seed": seed})
     run = Run(recipe, out / f"run-{name}-{seed}", data=str(out / name), device="cpu")
-    run.finish()
+    sources = written_queries(f"tasks/{NAME}").items()
+    plan = [PlanEntry(query_id, (passage_id,), (), ()) for query_id, (_, passage_id) in sources]
+    write_plan(run.folder.plan(run.recipe.data[0]), plan, {"dataset": SET, "split": "train", "report": {}})
+    run.distill()
     return Student.load(run.folder.student, device="cpu", dtype="float32")
 
 
