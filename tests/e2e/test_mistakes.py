@@ -65,7 +65,7 @@ JUDGED = EVALUATE.replace("data", "{}") + " --split test"
 DAMAGED = [  # a file of a folder, what a copy has in its place, a command on the copy, and words of the message
     ("index/manifest.json", "{", "search {} cat", "restore or rebuild the folder"),
     ("student-0/head.safetensors", None, SEARCH + " {}", "restore the student's folder"),
-    ("decoder/config.json", "{", JUDGE + " {}", "config.json: is not a model's configuration"),
+    ("decoder/config.json", "{", JUDGE + " {}", "config.json: cannot be read as JSON"),
     ("decoder/model.safetensors", "xx", JUDGE + " {}", "Give a local folder with config.json and safetensors weights"),
     ("decoder/model.safetensors", None, JUDGE + " {}", "no safetensors weights in this model folder"),
     ("data/corpus.jsonl", None, JUDGED, "looked for corpus.jsonl or corpus.jsonl.gz"),
