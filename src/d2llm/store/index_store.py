@@ -528,8 +528,7 @@ class IndexStore:
                 self._rewrite(self)
             self.update_word_files()
             (table := self.table()).remove_older(keep)
-            used = {self.vectors.generation(self.table(version)) for version in table.versions()}
-            for generation in set(vector_file.generations(self.folder)) - used:
+            for generation in self.vectors.unused_generations(table):
                 vector_file.remove(self.folder, generation)
             self._sweep()
             return before, folder_bytes(self.folder)

@@ -200,6 +200,12 @@ class PassageTable:
         with self._reading() as run:
             return run(f"SELECT max(d2_row) FROM passages WHERE {_LIVES}").fetchone()[0]
 
+    def has_row_between(self, first: int, end: int) -> bool:
+        """Whether any version that is kept has a passage with a row number (d2_row) from ``first`` to below ``end``."""
+        with self._reading() as run:
+            statement = "SELECT EXISTS (SELECT 1 FROM passages WHERE d2_row >= ? AND d2_row < ?)"
+            return bool(run(statement, (first, end)).fetchone()[0])
+
     def matching(self, condition: str, values: Mapping[str, Any]) -> NDArray[np.int64]:
         """The row numbers (d2_row) of the passages that satisfy a condition in SQL (``filters``), in no order."""
         with self._reading() as run:

@@ -61,6 +61,16 @@ class StoredVectors(ABC):
         row = table.last_row()
         return max(vector_file.generations(self.folder), default=0) if row is None else row >> GENERATION_SHIFT
 
+    def unused_generations(self, table: PassageTable) -> set[int]:
+        """Those on disk of which no version that is kept has a row; if no version has any row, all but the newest."""
+        made = set(vector_file.generations(self.folder))
+        used = {
+            generation
+            for generation in made
+            if table.has_row_between(generation << GENERATION_SHIFT, (generation + 1) << GENERATION_SHIFT)
+        }
+        return made - (used or {max(made, default=0)})
+
     def num_rows(self, table: PassageTable) -> int:
         """Number of rows that a version needs, including dead ones before its last live one."""
         row = table.last_row()
