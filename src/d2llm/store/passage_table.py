@@ -578,16 +578,10 @@ def bytes_at_rest(folder: Path) -> int:
 
 def _stored(kind: FieldType, value: Any) -> Any:
     """A metadata value as SQLite stores it."""
-    if value is None:
-        return None
-    return microseconds_of(value) if kind == "timestamp" else value
+    return value if value is None or kind != "timestamp" else microseconds_of(value)
 
 
-_READERS: Mapping[str, Callable[[Any], Any]] = {
-    "boolean": bool,
-    "timestamp": moment_of,
-    "packed text": unpack_text,
-}
+_READERS: Mapping[str, Callable[[Any], Any]] = {"boolean": bool, "timestamp": moment_of, "packed text": unpack_text}
 
 
 def _damaged(path: Path, error: Exception) -> DamagedFileError | StorageError:
