@@ -183,12 +183,12 @@ class EncodedTexts:
 
 
 @contextmanager
-def _no_panic() -> Generator[None]:
-    """Turn what tokenizers, in Rust, raises where it cannot go on (its own kind of exception) into one of d2llm's."""
+def _failures_named() -> Generator[None]:
+    """Turn what tokenizers, in Rust, raises for a text (a plain ``Exception``, or a panic) into an error of d2llm's."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ModelError(
             f"the tokenizer fails on a text ({error}); use another model, or its original files"
@@ -223,7 +223,7 @@ class TextReader:
         if not prefixed:
             return TokenizedTexts([])
         # Only texts over the limit are tokenized twice, so that the tokenizer keeps its closing special token.
-        with TOKENIZING, _no_panic():
+        with TOKENIZING, _failures_named():
             ids = cast("list[list[int]]", self.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"])
             too_long = [index for index, row in enumerate(ids) if len(row) > limit]
             if too_long:

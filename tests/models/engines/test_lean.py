@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from d2llm import Index
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import TASKS
 from d2llm.methods.poolings.pma import PMA
@@ -20,7 +20,7 @@ from d2llm.models.engines.lean import LeanStudent, open_lean
 from d2llm.models.engines.lean_layers import gelu
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
-from d2llm.recipe import AutoPooling, Pooling
+from d2llm.recipe import AutoPooling, Full, Pooling
 from tiny_models import TEXTS, TINY_PMA, randomise, tiny_student_config, write_tiny_model
 
 ODD_TEXTS = [
@@ -241,3 +241,26 @@ def test_equal_passages_get_equal_scores(bert, tmp_path):
         scores = lean.score(query, np.concatenate([passages] * 50), task).reshape(50, len(TEXTS))
         assert not np.ptp(scores, axis=0).any()
         np.testing.assert_array_equal(lean.score(query, passages[3:4], task), scores[0, 3:4])
+
+
+WORD_PIECES = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "vocab": {"cat": 5}}
+WORD_PIECES["max_input_chars_per_word"] = 100
+DOUBLING = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [({"model": WORD_PIECES, "pre_tokenizer": {"type": "Whitespace"}}, "dog"), ({"pre_tokenizer": DOUBLING}, "a" * 40)],
+    ids=["a word without pieces", "a pattern that doubles"],
+)
+def test_what_tokenizers_raises_for_a_text_is_one_error(changed, text, tmp_path):
+    student = Student.create(tiny_student_config(write_tiny_model(tmp_path / "bert", "bert"), tuning=Full()))
+    student.save(tmp_path / "student")
+    path = tmp_path / "student" / "backbone" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    lean = open_lean(tmp_path / "student")
+    assert lean is not None
+    for reader in (lean, Student.load(tmp_path / "student", device="cpu", dtype="float32")):
+        reader.encode_queries(["cat"])
+        with pytest.raises(ModelError, match="the tokenizer fails on a text"):
+            reader.encode_queries([f"{text}b"])
