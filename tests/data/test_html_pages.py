@@ -180,6 +180,13 @@ class TestContents:
             "| Cake | Cake | 4|5 |"
         )
 
+    @pytest.mark.parametrize(
+        ("columns", "repeated"), [("1000", 1_000), ("65000", 1_000), ("999999", 1), ("9" * 400, 1)]
+    )
+    def test_a_cell_has_at_most_so_many_columns(self, columns, repeated):
+        first, second = text_of(f"<table><tr><td colspan={columns}>x<td>y<tr><td>1<td>2</table>").splitlines()
+        assert (first.count("x"), first.count("y"), second.count("2")) == (repeated, 1, 1)
+
     def test_a_table_that_only_arranges_a_page_is_no_table(self):
         page = "<table><tr><td><h2>Left</h2><p>one</p></td><td><pre>a\n  b</pre></td></tr></table>"
         assert html_page(page)[1] == [Section("one\n\na\n  b", ("Left",))]

@@ -205,6 +205,7 @@ class TestFrontMatter:
             _BOMB,
             "---\na: " + "[" * 5_000 + "\n---\n",
             "---\n" + "".join(f"f{n}: 1\n" for n in range(200)) + "---\n",
+            "---\na: " + "x" * 70_000 + "\n---\n",
             "+++\nnot toml\n+++\n",
             '{"a": 1} is text\n',
             "text\n---\na: b\n---\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from d2llm.data.contents import SkippedPart, UnreadableFileError
 from d2llm.data.documents import find_documents
 from d2llm.data.file_contents import read_contents
 from d2llm.data.ocr import Recogniser, languages_of
+from d2llm.data.pdf_files import read_pdf
 from file_cases.pdf_cases import lines, pages
 
 pytest.importorskip("pypdfium2", reason="needs pypdfium2: pip install 'd2llm[documents]'")
@@ -148,3 +150,20 @@ def test_chinese_is_written_without_spaces_and_illegible_pages_are_left_out():
     legible = [word(1, 1, "保修", 93), word(1, 1, "三", 90), word(1, 1, "年", 91), word(1, 1, "iPhone", 95)]
     table = [*legible, word(1, 2, "，请", 88), word(2, 1, "SUILOY", 39), word(2, 1, "Buy", 60), "4\t3" + "\t0" * 10]
     assert ocr._pages_of("\n".join(["level\tpage_num", *table])) == ["保修三年 iPhone\n，请", "", ""]
+
+
+def test_a_large_page_is_recognised_with_fewer_dots(tmp_path):
+    scan(*WARRANTY).save(tmp_path / "large.pdf", resolution=1)  # 28 by 11 metres
+    seen: list[bytes] = []
+
+    class Sizes:
+        def seconds_left(self) -> float:
+            return 60.0
+
+        def read(self, image: bytes) -> list[str]:
+            seen.append(image)
+            return ["some text"]
+
+    read_pdf(tmp_path / "large.pdf", cast("Any", Sizes()))
+    (image,) = seen
+    assert 30e6 < len(image) < 41e6
