@@ -6,10 +6,10 @@ import logging
 import sys
 
 import pytest
-import tomllib
 
 from d2llm import EvaluationSettings, Run, load_recipe
 from d2llm.core.errors import InputError, MissingExtraError
+from d2llm.core.toml import parse_toml
 from d2llm.recipe import DataConfig
 from d2llm.recipe.losses import Objective
 from d2llm.recipe.recipe import parse_recipe
@@ -85,7 +85,7 @@ def test_what_only_training_would_notice_is_refused_before_anything_is_mined(
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.chdir(workspace)  # where the models are
-    values = tomllib.loads((workspace / "tiny.toml").read_text())
+    values = parse_toml((workspace / "tiny.toml").read_text(), where="tiny.toml")
     run = Run(parse_recipe(_overlaid(values, changes)), tmp_path / "run")
     with pytest.raises((InputError, MissingExtraError), match=problem):
         run.finish()

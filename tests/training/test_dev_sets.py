@@ -30,12 +30,13 @@ class HandMadeStudent:
     def __init__(self, dots: np.ndarray, changes: np.ndarray, *, has_dot: bool = True) -> None:
         self.dots, self.changes = dots.astype(np.float32), changes.astype(np.float32)
         self.has_dot = has_dot
+        self.config = SimpleNamespace(backbone=SimpleNamespace(query_prefix=""))
         self.interaction = SimpleNamespace(has_interaction=lambda task: True)
 
     def encode_queries(
         self, texts: list[str], *, instruction: str | None, advance: Callable[[int], None]
     ) -> SimpleNamespace:
-        assert instruction is None
+        assert instruction == ""  # it is in the texts
         advance(len(texts))
         return SimpleNamespace(vectors=np.eye(len(self.dots), dtype=np.float32)[[int(text) for text in texts]])
 
