@@ -106,7 +106,7 @@ def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
     yield case
 
 
-ROW = Row("guided_files", "F4", 200_000, prepare)
+ROW = Row("guided_files", "F4", 100_000, prepare)
 
 if __name__ == "__main__":
     if reason := why_not():
