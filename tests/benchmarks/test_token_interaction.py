@@ -51,7 +51,7 @@ def test_training_learns_that_the_word_must_occur(design: str) -> None:
     lists.tokens[..., 7] = occurs[:, :, None].float()
     lists.gains.copy_(occurs)
     lists.targets.copy_(torch.where(occurs, 0.0, -20.0))
-    model, _ = train(design, Training(lists, epochs=15, rate=1e-2))
+    model, _ = train(lambda: Added(DESIGNS[design](DIM), BOUND), Training(lists, epochs=15, rate=1e-2))
     changed = changes(model, lists)
     assert changed[0.0].max() == 0
     assert changed[1.0].mean() > 0.2
