@@ -75,7 +75,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "ERNIE-Tiny": (
         "three stages of `training.pretraining` and the distillation (`benchmarks/graded_lists/ernie-tiny.toml`)",
-        "yes: wikiqa .677 to .689, .709, .712, .722 (the last alone .702), banking77 .607 to .643 (.615); 10 to 18 steps",
+        "yes: wikiqa .677 to .689, .709, .712, .722 (it alone .702), banking77 .607 to .643 (.615); 10 to 18 steps",
     ),
     "DHO": ("`training.dual_head`", "yes; mixes logits: a mixture of softmaxes over all passages is no inner product"),
     "Contextual document embeddings: clustered batches": ("`training.clustered`", "yes: -.006, one seed"),
