@@ -20,7 +20,7 @@ from d2llm import Student
 from d2llm.models.hub import find_student
 from d2llm.models.model_card import why_not_loadable
 from d2llm.models.sources import locate_model
-from d2llm.models.student_files import ADAPTER_FILE, ADAPTER_FILES, read_student_manifest
+from d2llm.models.student_files import ADAPTER_FILE, ADAPTER_FILES, read_student_manifest, saved_files
 from d2llm.recipe import AutoPooling, InteractionConfig, Pooling, StudentConfig
 from e2e.command_line import fail, succeed_with_report
 from fake_hub import OWNER_TOKEN, FakeHub
@@ -242,6 +242,8 @@ def test_a_merged_copy_keeps_the_manifest_and_the_card(pushed):
     for manifest in (before, after):  # settings that are newer than the shipped student are written with their defaults
         manifest["config"] = StudentConfig.model_validate(manifest["config"])
         del manifest["packages"], manifest["sha256"]
+    assert set(ADAPTER_FILES) <= set(before.pop("files"))
+    assert after.pop("files") == saved_files(pushed)
     assert before == after
     cards = [(folder / "README.md").read_text(encoding="utf-8") for folder in (shipped, pushed)]
     card_parts = [card.split("<!-- sentence-transformers:begin -->") for card in cards]
