@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from campaign.guided_documents import of_path, of_text
+from campaign.guided_shards import LABELS
 from campaign.guided_targets import Read, Target, json_of, lines_of, of_file, text_of
 
 _SETTINGS = b'host = "127.0.0.1"\nport = 0\nallowed_hosts = ["a", "b"]\nrequests_per_minute = 5\nstudent = "x"\n'
@@ -402,7 +403,7 @@ _REPORT = {
     "result": {"report_version": 2, "dataset": "a", "split": "dev", "systems": [{"name": "x", "measures": {}}]},
 }
 
-MODELS: dict[str, Target] = {
+MODELS: dict[str, Target] = LABELS | {
     "recipe": Target(_recipe, _recipes()),
     "settings": Target(of_file("serve.toml", _settings), [_SETTINGS]),
     "prompts": Target(

@@ -25,7 +25,7 @@ from campaign.guided_targets import Read, Target
 from campaign.mutations import restructured
 
 TARGETS = DOCUMENTS | MODELS
-INSTRUMENTED = ["d2llm", "markdown_it", "mdit_py_plugins", "docutils", "yaml", "multipart", "sqlglot"]
+INSTRUMENTED = ["d2llm", "markdown_it", "mdit_py_plugins", "docutils", "yaml", "multipart", "sqlglot", "gguf"]
 MAX_ERROR = 9_000  # characters
 _RESTRUCTURED = 0.5  # of the mutations of JSON
 

@@ -2,11 +2,12 @@
 
 The matrix is made from the application's own routes. It has two indexes; one of them has a word in every passage that
 no answer to a key without it may show. A key that only reads must change nothing, and without a key nothing but the
-open paths is answered, however an address is written.
+open paths is answered, however an address is written and whichever header has the key. No line of the log has a key.
 """
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from campaign.frame import Outcome, Row, main
 from d2llm import Index, Passage
 from d2llm.server.agent_arguments import TOOLS
 from d2llm.server.app import make_app
-from d2llm.server.keys import SCOPES, add_key
+from d2llm.server.keys import SCOPES, add_key, remove_key
+from d2llm.server.logs import start_logs
 from d2llm.store.index_store import IndexStore
 from tiny_server import tiny_settings, write_tiny_index
 from waiting import until
@@ -30,6 +32,7 @@ from waiting import until
 SECRET = "zorbleak"
 OPEN = {"/", "/docs", "/openapi.json", "/health", "/page/settings.json", "/page/{name}"}
 """The routes that need no key: a new one is written here by hand, or it is a fault."""
+_REFUSED = ("nobody", "wrong", "removed")
 _ID = "hidden7"
 _FORMS: tuple[Callable[[str], str], ...] = (
     lambda path: path,
@@ -121,7 +124,8 @@ def requests_of(app: FastAPI) -> list[tuple[str, str, str, Any]]:
 class Matrix:
     """A server of two indexes, and what was asked of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        self.chance = chance
         self.docs = write_tiny_index(folder, 12, "docs")
         self.faq = folder / "faq"
         index = Index.create(self.faq, folder / "student-0", dtype="float32")
@@ -135,12 +139,16 @@ class Matrix:
             for names in (None, ["docs"], ["archive"])
             for scope in SCOPES
         }
+        self.removed = add_key(file, "removed", "admin")
+        remove_key(file, "removed")
         self.app = make_app(tiny_settings({"docs": self.docs, "faq": self.faq}, keys_file=file))
         self.num_requests = 0
 
     def ask(self, client: TestClient, method: str, path: str, body: Any, secret: str | None) -> Any:
         headers = {"Accept": "application/json, text/event-stream"}
-        headers |= {} if secret is None else {"Authorization": f"Bearer {secret}"}
+        if secret is not None:
+            is_plain = self.chance.random() < 0.5
+            headers |= {"X-API-Key": secret} if is_plain else {"Authorization": f"Bearer {secret}"}
         sent = {"json": {"jsonrpc": "2.0", **body} if "params" in body else body} if method in ("POST", "PUT") else {}
         return client.request(method, path, headers=headers, follow_redirects=False, **sent)
 
@@ -150,6 +158,7 @@ class Matrix:
         known = [
             ("nobody", None),
             ("wrong", "d2llm_wrong"),
+            ("removed", self.removed),
             *sorted(self.keys.items(), key=lambda item: item[0] == "admin all"),
         ]
         for name, secret in known:
@@ -166,7 +175,7 @@ class Matrix:
                     if not may_read_faq and SECRET in response.text + str(response.headers):
                         yield f"{what} shows the other index"
                     is_open = route in OPEN or form(path).startswith(("/page/", "/health/"))
-                    if name in ("nobody", "wrong") and not is_open and response.status_code != 401:
+                    if name in _REFUSED and not is_open and response.status_code != 401:
                         yield f"{what}, not refused: {response.text[:100]}"
             docs, faq = self.state()
             if faq != before[1] or (docs != before[0] and name not in ("write docs", "admin docs")):
@@ -202,16 +211,22 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
     def case(chance: random.Random) -> Outcome:
         root = folder / f"matrix-{next(numbers)}"
         root.mkdir()
-        matrix = Matrix(root)
+        matrix = Matrix(root, chance)
+        log = io.StringIO()
+        stop = start_logs(tiny_settings(matrix.docs), log)
         with TestClient(matrix.app, base_url="http://127.0.0.1:8000") as client:
             until(lambda: client.get("/health").json()["status"] == "ready", "a server that is ready")
             problems = list(matrix.problems(client))
+        stop()
+        logged = log.getvalue()
+        assert logged.count("route=") > matrix.num_requests / 2, "requests are not logged"
+        problems += [f"the log has the key {name}" for name, secret in matrix.keys.items() if secret in logged]
         return Outcome("requests", "\n".join(problems[:40]), matrix.num_requests)
 
     yield case
 
 
-ROW = Row("keys", "F6", 4_000, prepare)
+ROW = Row("keys", "F6", 20_000, prepare)
 
 if __name__ == "__main__":
     main(ROW)

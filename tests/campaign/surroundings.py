@@ -1,6 +1,6 @@
 """F7: verbs where nothing may be written, or disk, descriptors or memory run out; clocks that jump; zones and locales.
 
-The verb ends well or with an error of d2llm's; with little memory, with any error or a crash of a library. Then, with
+The verb ends well or with an error of d2llm's; with little memory, perhaps with a crash of a library. Then, with
 nothing in its way, the same call ends as if nothing had happened.
 """
 
@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from campaign.frame import Outcome, Row, main, used_memory
+from campaign.frame import Draw, Outcome, Row, main, used_memory
+from campaign.more_verbs import changes, later_verbs
 from campaign.verb_kills import Verb, check_same, in_a_fork, prepared_verbs
-from d2llm.core.errors import D2LLMError
-from d2llm.core.files import TOO_LITTLE
+from d2llm.cli.main import _told
 
 ERROR_STATUS = 40
 
@@ -69,7 +69,7 @@ def _locale(chance: random.Random) -> None:
 
 READ_ONLY = "a folder that is read-only"
 SCARCE = "little memory"
-"""Where a traceback or a crash is not promised away, as docs/reliability.md says: what is lost is only the run."""
+"""Where a crash of a library is not promised away, as docs/reliability.md says: what is lost is only the run."""
 SURROUNDINGS: dict[str, Callable[[random.Random], None]] = {
     READ_ONLY: _no_writing,
     "files that cannot grow": _no_growth,
@@ -93,12 +93,11 @@ def end_with_status(run: Callable[[Path], object], where: Path) -> None:
     """End with 0; with ``ERROR_STATUS`` after an error that the command line shows in one line; or with 1."""
     try:
         run(where)
-    except D2LLMError as error:
-        with suppress(OSError):
-            print(error, flush=True)
-        os._exit(ERROR_STATUS)
     except BaseException as error:  # noqa: BLE001
-        if isinstance(error, OSError) and (error.filename or error.errno in TOO_LITTLE):
+        told = _told(error, "this") if isinstance(error, Exception) else None
+        if told is not None:
+            with suppress(OSError):
+                print(told, flush=True)
             os._exit(ERROR_STATUS)
         with suppress(OSError):  # where files cannot grow, the log is one of them
             print(f"{type(error).__name__}: {error}", traceback.format_exc(), sep="\n", flush=True)
@@ -106,29 +105,38 @@ def end_with_status(run: Callable[[Path], object], where: Path) -> None:
     os._exit(0)
 
 
-@contextmanager
-def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
-    verbs: dict[str, Verb] = prepared_verbs(folder)
+WEIGHTS = {"sync": 3, "encode": 2, "label": 2, "train": 1, "change": 3, "shard": 2, "export": 1, "fit": 1}
+"""How often each verb is drawn."""
 
-    def case(chance: random.Random) -> Outcome:
-        name, surrounding = chance.choices([*verbs], [3, 2, 2, 1])[0], chance.choice([*SURROUNDINGS])
+
+@contextmanager
+def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
+    with later_verbs(folder / "later") as later:
+        yield _prepared_case(folder, prepared_verbs(folder) | {"change": changes(folder / "changes")} | later)
+
+
+def _prepared_case(folder: Path, verbs: dict[str, Verb]) -> Callable[[Draw], Outcome]:
+    def case(chance: Draw) -> Outcome:
+        name, surrounding = chance.choices([*WEIGHTS], [*WEIGHTS.values()])[0], chance.choice([*SURROUNDINGS])
         verb, root = verbs[name], folder / f"{chance.getrandbits(64):x}"
         root.mkdir()
+        if name == "change":
+            shutil.copytree(folder / "changes" / "index", root / "index")
 
         def run(where: Path) -> None:
             SURROUNDINGS[surrounding](chance)
             end_with_status(verb.run, where)
 
         if surrounding == READ_ONLY:
-            if chance.random() < 0.7:
+            if name != "change" and chance.random() < 0.7:
                 in_a_fork(verb.run, root, chance.uniform(0, verb.seconds))
             _set_writable(root, is_writable=False)
-        status = os.waitstatus_to_exitcode(in_a_fork(run, root, 60.0))
+        status = os.waitstatus_to_exitcode(in_a_fork(run, root, 300.0))
         _set_writable(root, is_writable=True)
         log = root.with_suffix(".log")
         ending = {0: "no difference", ERROR_STATUS: "an error"}.get(status)
-        if surrounding == SCARCE:
-            ending = ending or ("a crash" if status < 0 else "a traceback")
+        if surrounding == SCARCE and status < 0:
+            ending = "a crash"
         if ending is None or status == -signal.SIGKILL:
             return Outcome(surrounding, f"{name} with {surrounding} ended with {status}: {log.read_text()}")
         status = in_a_fork(verb.run, root)
@@ -138,10 +146,10 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
         log.unlink()
         return Outcome(f"{surrounding}: {ending}")
 
-    yield case
+    return case
 
 
-ROW = Row("surroundings", "F7", 500, prepare)
+ROW = Row("surroundings", "F7", 1_000, prepare)
 
 if __name__ == "__main__":
     main(ROW)

@@ -155,6 +155,7 @@ def test_files_and_folders_are_no_streams(tmp_path: Path, path: str):
         (b'{"id": "1"}\n', "standard-input-HASH.jsonl"),
         (b'\xef\xbb\xbf\n {"id": "1"}\n', "standard-input-HASH.jsonl"),
         (gzip.compress(b'{"id": "1"}\n' * 1000, mtime=0), "standard-input-HASH.jsonl.gz"),
+        (b"\x1f\x8b, but not compressed", "standard-input-HASH.txt.gz"),
         (b"<!DOCTYPE html><p>text", "standard-input-HASH.html"),
         (b"%PDF-1.7 ...", "standard-input-HASH.pdf"),
         (b"plain text", "standard-input-HASH.txt"),

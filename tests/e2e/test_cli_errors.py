@@ -8,6 +8,9 @@ import shutil
 import subprocess
 import sys
 
+import torch
+
+from d2llm.core.progress import progress_bar
 from e2e.command_line import d2llm, fail, succeed, write_data, write_qrels, write_recipe
 from tiny_store import edit_manifest
 
@@ -64,6 +67,14 @@ class TestOtherExits:
 
         monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", exhausted)
         fail("mine", workspace / "tiny.toml", containing=["error: Too many open files; free disk space", "ulimit -n"])
+
+    def test_memory_that_ran_out_is_one_line_with_what_was_done(self, workspace, monkeypatch):
+        def large(*_, **__):
+            with progress_bar("mining", 5), progress_bar("choosing", 5):
+                return torch.zeros(1 << 60)
+
+        monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", large)
+        fail("mine", workspace / "tiny.toml", containing=["error: mine, choosing: memory ran out (", "graph_gib"])
 
     def test_internal_errors_keep_their_traceback(self, workspace, monkeypatch):
         def crash(*_, **__):

@@ -247,6 +247,10 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: st
         ({"data": [{"task": "symmetric"}]}, "data.0.path is missing; set it"),
         ({"data": {"path": "a"}}, "data is {'path': 'a'} (dict), but must be a list of tables: write [[data]]"),
         ({"training": 5}, "training is 5 (int), but must be a table: write [training]"),
+        *(
+            ({"name": name}, f"name: must be the name of a folder, without / and \\ (got {name!r})")
+            for name in ("../../a", "/a", "..", "a\\b", "a\x1b[31m", "a\u202eb", "")
+        ),
     ],
 )
 def test_a_bad_value_names_the_field_and_the_value(values: dict[str, Any], message: str):

@@ -22,16 +22,19 @@ from d2llm.cli.verbs import all_verbs
 from d2llm.cli.word_order import Verbs
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.files import TOO_LITTLE
+from d2llm.core.memory import out_of_memory
 from d2llm.core.problems import requirement
-from d2llm.core.progress import showing_progress
+from d2llm.core.progress import showing_progress, work_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXIT_BAD_INPUT = 2
-_MORE_NEEDED = (
-    "free disk space or memory, or allow more open files (ulimit -n), then run the same command again; finished parts "
-    "are kept"
+_AGAIN = "then run the same command again; finished parts are kept"
+_MORE_NEEDED = f"free disk space, or allow more open files (ulimit -n), {_AGAIN}"
+_MORE_MEMORY = (
+    "end other programs, use a machine or GPU with more memory (`d2llm size` says how much), or lower what is computed "
+    "at once (graph_gib and part_tokens of a training, max_tokens of a teacher, batch_tokens of a server), " + _AGAIN
 )
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 """What a shell reports for a program stopped by Ctrl-C, and for one ended by SIGTERM."""
@@ -42,7 +45,7 @@ _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
 class _Program(Verbs):
-    """Turns d2llm's own errors and file errors into one paragraph and exit code 2."""
+    """Turns d2llm's own errors, file errors and a lack of memory into one paragraph and exit code 2."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -66,17 +69,6 @@ class _Program(Verbs):
         """Run a verb."""
         try:
             return super().invoke(ctx)
-        except D2LLMError as error:
-            self._fail(ctx, str(error))
-            raise typer.Exit(EXIT_BAD_INPUT) from error
-        except OSError as error:
-            is_too_little = error.errno in TOO_LITTLE
-            if error.filename is None and not is_too_little:  # not about a file of the user, so a bug
-                raise
-            where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-            advice = _MORE_NEEDED if is_too_little else "check the path, its permissions and the disk"
-            self._fail(ctx, f"{where}{error.strerror}; {advice}")
-            raise typer.Exit(EXIT_BAD_INPUT) from error
         except typer.BadParameter as error:
             problems = error.__cause__.errors() if isinstance(error.__cause__, ValidationError) else []
             needed = requirement(problems)
@@ -87,13 +79,29 @@ class _Program(Verbs):
             session = ctx.obj or Session()
             session.complain("stopped", "run the same command again to continue; finished parts are kept")
             raise typer.Exit(EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED) from error
+        except Exception as error:
+            message = _told(error, ctx.invoked_subcommand)
+            if message is None:
+                raise
+            session = ctx.obj or Session()
+            if session.verbose:
+                traceback.print_exc()
+            session.complain("error", message)
+            raise typer.Exit(EXIT_BAD_INPUT) from error
 
-    @staticmethod
-    def _fail(ctx: Any, message: str) -> None:
-        session = ctx.obj or Session()
-        if session.verbose:
-            traceback.print_exc()
-        session.complain("error", message)
+
+def _told(error: Exception, verb: str | None) -> str | None:
+    """What one line says of an error; None if it is a bug, which needs its traceback."""
+    if (ran_out := out_of_memory(error)) is not None:
+        work = work_of(error)
+        return f"{verb}{work and f', {work}'}: {ran_out}; {_MORE_MEMORY}"
+    if isinstance(error, D2LLMError):
+        return str(error)
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in TOO_LITTLE):
+        return None  # the second is not about a file of the user
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    advice = _MORE_NEEDED if error.errno in TOO_LITTLE else "check the path, its permissions and the disk"
+    return f"{where}{error.strerror}; {advice}"
 
 
 app = typer.Typer(

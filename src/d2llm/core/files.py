@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -134,7 +134,9 @@ def copy_of_stream(path: Path, folder: Path) -> Path:
         start = file.read(1024)
     ending = ""
     if start.startswith(b"\x1f\x8b"):
-        start, ending = zlib.decompressobj(wbits=31).decompress(start, 1024), ".gz"
+        ending = ".gz"
+        with suppress(zlib.error):  # damaged, as whoever reads it will say
+            start = zlib.decompressobj(wbits=31).decompress(start, 1024)
     begins = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     kinds = {b"{": ".jsonl", b"%pdf-": ".pdf", b"<!doctype html": ".html", b"<html": ".html"}
     found = next((kind for sign, kind in kinds.items() if begins.startswith(sign)), ".txt")

@@ -35,6 +35,8 @@ class Bar(Protocol):
 
 LINE_SECONDS = 30.0
 """Minimum time between two log lines."""
+_WORK = "_d2llm_work"
+"""The attribute of an error for ``work_of``."""
 BAR_SECONDS = 2.0
 """Work that takes less time shows no bar."""
 remarks = logging.getLogger("d2llm.remarks")
@@ -82,7 +84,16 @@ def progress_bar(description: str, total: int | None, *, done: int = 0, seconds:
             show(count, note)
             check_time()
 
-        yield advance
+        try:
+            yield advance
+        except Exception as error:
+            vars(error).setdefault(_WORK, description)
+            raise
+
+
+def work_of(error: BaseException) -> str:
+    """What was being done when an error was raised: the description of the innermost bar; "" without one."""
+    return str(vars(error).get(_WORK, ""))
 
 
 @contextmanager

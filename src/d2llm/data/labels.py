@@ -434,10 +434,18 @@ def _read_table(folder: Path, kind: str, name: str, schema: Any, *, columns: lis
     try:
         with pq.ParquetFile(folder / kind / name, page_checksum_verification=True) as file:
             actual, table = file.schema_arrow, file.read(columns=columns)
+    except MemoryError:  # Arrow has an error that is one of its own, too; the file may be whole
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(folder, kind, name, str(error).splitlines()[0]) from error
     if not actual.equals(schema):
         raise _damaged(folder, kind, name, f"has the columns {actual.names}, expected {schema.names}")
+    for column in table.column_names:
+        chunks = table[column].chunks
+        if pa.types.is_list(table[column].type):
+            chunks = [*chunks, *(chunk.flatten() for chunk in chunks)]
+        if column != "grade" and any(chunk.null_count for chunk in chunks):
+            raise _damaged(folder, kind, name, f"lacks values of {column}")
     return table
 
 

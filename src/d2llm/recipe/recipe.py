@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.inputs import path_of
@@ -54,6 +54,14 @@ class Recipe(Section):
     losses: Objective = Field(default_factory=lambda: Objective.model_validate(RECOMMENDED))
     training: TrainingConfig = TrainingConfig()
     score_features: ScoreFeaturesConfig = ScoreFeaturesConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        """It names the run's folder below ``runs``, and recipes are passed on: it must not lead elsewhere."""
+        if not value.isprintable() or set(value) & {"/", "\\"} or value in ("", ".", ".."):
+            raise ValueError("must be the name of a folder, without / and \\")
+        return value
 
     @model_validator(mode="after")
     def _check_tuning(self) -> Recipe:

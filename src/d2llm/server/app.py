@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.extras import require
+from d2llm.core.memory import out_of_memory
 from d2llm.data.ocr import languages_of
 from d2llm.models.hub import find_student
 from d2llm.models.protocols import task_for
@@ -132,12 +133,11 @@ async def running(
             _watch(serving, telemetry)
             app.state.serving = serving
             lifecycle.become("ready")
-        except D2LLMError as error:
-            lifecycle.become("broken", without_paths(str(error), private))
-            return
-        except Exception:  # noqa: BLE001 - whatever happened, the server must report that it is broken
-            lifecycle.become("broken", "it could not be started; see its log")
-            _log.exception("the server could not be started")
+        except Exception as error:  # noqa: BLE001 - whatever happened, the server must report that it is broken
+            told = out_of_memory(error) or (str(error) if isinstance(error, D2LLMError) else None)
+            lifecycle.become("broken", without_paths(told or "it could not be started; see its log", private))
+            if told is None:
+                _log.exception("the server could not be started")
             return
         await asyncio.gather(*(index.watch(partial(note, serving, name)) for name, index in serving.indexes.items()))
 

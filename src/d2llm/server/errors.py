@@ -29,6 +29,7 @@ from d2llm.core.errors import (
     ShardAwayError,
     StorageError,
 )
+from d2llm.core.memory import out_of_memory
 from d2llm.core.problems import requirement
 from d2llm.server.logs import current_facts
 from d2llm.store.index_manifest import require_index
@@ -62,6 +63,11 @@ MAX_SHOWN = 4_000
 
 _JSON_RPC_INVALID, _JSON_RPC_INTERNAL = -32600, -32603
 
+_NO_MEMORY = (
+    "the server ran out of memory; try again later, with fewer or shorter texts, or give the server more memory or a "
+    "smaller batch_tokens"
+)
+_PAUSE_WITHOUT_MEMORY = 5.0
 _KINDS: dict[int, ProblemKind] = {
     401: "unauthorized",
     403: "forbidden",
@@ -219,6 +225,8 @@ def problem_for_client(error: Exception) -> Problem:
     """The ``Problem`` that a client sees for an exception; messages not meant for clients are left out."""
     if isinstance(error, ServingError):
         return error.problem
+    if out_of_memory(error) is not None:
+        return Problem(503, "overloaded", _NO_MEMORY, retry_after=_PAUSE_WITHOUT_MEMORY)
     if isinstance(error, RequestValidationError):
         return _problem_of_validation(error)
     if isinstance(error, HTTPException):
@@ -238,6 +246,23 @@ def problem_for_client(error: Exception) -> Problem:
         remedy = "on the server, `d2llm index INDEX verify --repair` mends what it can"
         return Problem(500, "internal", f"a file of the index is damaged or missing; {remedy}")
     return Problem(500, "internal", "internal error; the server's log has the reason under this request's id")
+
+
+def log_failure(what: str, error: Exception, status: int) -> None:
+    """Log why the server could not answer; with a traceback, unless the error says itself what to do.
+
+    Args:
+        what: the request, as in "request 17".
+        error: what was raised.
+        status: of the answer; nothing is logged of what is the client's fault, or only takes time.
+    """
+    if (ran_out := out_of_memory(error)) is not None:
+        _log.error("%s failed: %s", what, ran_out)
+    elif status >= 500 and status != 503:
+        if isinstance(error, D2LLMError):
+            _log.error("%s failed: %s", what, error)
+        else:  # whose text may quote a query
+            _log.error("%s failed", what, exc_info=error)
 
 
 def is_clients(error: Exception) -> bool:
@@ -260,9 +285,7 @@ def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
         if problem.status == 405:
             allowed = ", ".join(_methods(app, request.url.path)) or (problem.headers or {}).get("Allow", "")
             problem = replace(problem, headers={"Allow": allowed})
-        if problem.status >= 500 and problem.status != 503:
-            unforeseen = None if isinstance(error, D2LLMError) else error  # others say themselves what to do
-            _log.error("request %s failed: %s", problem.request_id, error, exc_info=unforeseen)
+        log_failure(f"request {problem.request_id}", error, problem.status)
         return problem_response(request.url.path, problem)
 
     for kind in (RequestValidationError, HTTPException, D2LLMError, Exception):

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,11 @@ from starlette.types import Receive, Scope, Send
 from d2llm.server import agent_tools
 from d2llm.server.agent_streams import make_server
 from d2llm.server.agent_tools import SCHEME, Agent
-from d2llm.server.errors import MAX_SHOWN, NotReadyError, problem_for_client, shortened, without_paths
+from d2llm.server.errors import MAX_SHOWN, NotReadyError, log_failure, problem_for_client, shortened, without_paths
 from d2llm.server.running import Lifecycle
 from d2llm.server.services import Catalog, catalog_of
 from d2llm.server.settings import ServeSettings
 
-_log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
 _JSON = "application/json"
 _Context = ServerRequestContext[Any, Any]
@@ -104,8 +101,7 @@ class AgentProtocol:
         if isinstance(error, ValidationError):
             error = RequestValidationError(error.errors())
         problem = problem_for_client(error)
-        if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR and problem.status != HTTPStatus.SERVICE_UNAVAILABLE:
-            _log.error("a request of an agent failed", exc_info=error)
+        log_failure("a request of an agent", error, problem.status)
         return without_paths(shortened(problem.message, MAX_SHOWN), self._private)
 
 

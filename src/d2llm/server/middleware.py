@@ -7,7 +7,6 @@ context variables and hides disconnects.
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import sys
 import time
@@ -26,7 +25,7 @@ from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2llm.server.access import AccessMiddleware, RateLimiter, is_open
-from d2llm.server.errors import NotReadyError, Problem, problem_for_client, send_problem
+from d2llm.server.errors import NotReadyError, Problem, log_failure, problem_for_client, send_problem
 from d2llm.server.keys import KeyRing
 from d2llm.server.large_bodies import LARGE_BYTES, in_body_thread, problem_of_body, problem_of_text
 from d2llm.server.logs import begin_facts, log_request
@@ -35,7 +34,6 @@ from d2llm.server.settings import ServeSettings
 from d2llm.server.telemetry import Telemetry
 from d2llm.server.uploads import FILES_PATH, FORM_TYPE
 
-_log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 SECURITY_HEADERS: Mapping[str, str] = {
@@ -178,9 +176,10 @@ class RequestMiddleware:
                     problem = NotReadyError("the server stopped before it had answered this request").problem
                     await send_problem(scope, receive, send_with_headers, problem)
             except Exception as error:  # noqa: BLE001 - the last chance to turn it into a response
-                _log.error("request %s failed", facts.request_id, exc_info=error)
+                problem = problem_for_client(error)
+                log_failure(f"request {facts.request_id}", error, problem.status if status is None else 500)
                 if status is None:
-                    await send_problem(scope, receive, send_with_headers, problem_for_client(error))
+                    await send_problem(scope, receive, send_with_headers, problem)
             finally:
                 seconds, route = time.perf_counter() - start_time, self._routes.find(scope)
                 index = facts.index_name or ""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from d2llm.core.errors import D2LLMError, InputError, ModelError
+from d2llm.core.memory import out_of_memory
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import ContextOrder, Passage, Ranking, Task
 from d2llm.models.attribution import Attribution, attribute
@@ -445,7 +446,9 @@ class ServedIndex:
                 after = await self._open(before)
             except D2LLMError:
                 raise
-            except Exception as error:  # for example no memory for another student
+            except Exception as error:
+                if (ran_out := out_of_memory(error)) is not None:  # for another student
+                    raise ModelError(f"it cannot be opened: {ran_out}") from error
                 _log.exception("the index cannot be opened")
                 raise ModelError(f"it cannot be opened ({type(error).__name__}); see the log") from error
             after.models.start()

@@ -1,0 +1,151 @@
+"""F7: a server that lacks memory, open files or disk for a moment, while several clients ask and write.
+
+What it answers meanwhile is right, or says what is lacking; no answer is a 500, and a connection may be refused. With
+nothing lacking, everything is right again, and every write that was acknowledged is there. Only where memory lacks, a
+library may end the process; then another server on the same index must show the same.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from attacked_server import AttackedServer
+from campaign.changing_files import CHANGING, REQUESTS, answer_of, essence
+from campaign.frame import Draw, Outcome, Row, main
+from tiny_models import TEXTS
+from tiny_server import write_tiny_index
+
+MEMORY, FILES, DISK = "memory", "open files", "disk"
+KINDS = {MEMORY: resource.RLIMIT_DATA, FILES: resource.RLIMIT_NOFILE, DISK: resource.RLIMIT_FSIZE}
+REFUSED = (429, 503, 507)
+CLIENTS, ROUNDS = 6, 4
+_MANY: tuple[tuple[str, Any], ...] = (
+    ("/v1/embeddings", {"input": [" ".join(TEXTS)] * 300, "model": "student-0"}),
+    ("/rerank", {"query": "the cat", "texts": [" ".join(TEXTS)] * 300}),
+    ("/v1/search", {"query": "the cat", "top_k": 60, "exact": True}),
+)
+"""What takes more memory than other requests."""
+
+
+def _limit(pid: int, kind: str, chance: random.Random) -> tuple[int, int]:
+    """Leave a running process little of something; returns the limits that it had."""
+    before = resource.prlimit(pid, KINDS[kind])
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[5])
+    soft = {
+        MEMORY: pages * resource.getpagesize() + int(10 ** chance.uniform(2, 7.7)),
+        FILES: len([*Path(f"/proc/{pid}/fd").iterdir()]) + chance.randrange(4),
+        DISK: int(10 ** chance.uniform(0, 6)),
+    }
+    resource.prlimit(pid, KINDS[kind], (soft[kind], before[1]))
+    return before
+
+
+class Starved:
+    """A server on an index, what it answers, and which passages clients know to be there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.index, self.folder = write_tiny_index(folder), folder
+        self.known: dict[str, str] = {}
+        self.num_writes = 0
+        self.server = AttackedServer(self.index, reload_seconds=0.2)
+        self.expected = {name: essence(name, self._right(name)) for name in CHANGING}
+
+    def _right(self, name: str) -> Any:
+        status, body = answer_of(self.server, name)
+        assert status == 200, f"{name}: {status} {str(body)[:500]}"
+        return body
+
+    def _asked(self, name: str) -> str:
+        """What is wrong with an answer."""
+        try:
+            if name in REQUESTS:
+                status, body = answer_of(self.server, name)
+            elif name == "write":
+                return self._written()
+            else:
+                found = self.server.post(*_MANY[int(name)])
+                status, body = found.status, found.body
+        except (OSError, HTTPException):  # no connection, or it was cut off
+            return ""
+        if status == 200:
+            is_same = name not in CHANGING or essence(name, body) == self.expected[name]
+            return "" if is_same else f"{name}: another answer"
+        return "" if status in REFUSED else f"{name}: {status} {str(body)[:300]}"
+
+    def _written(self) -> str:
+        """Write a passage that no search of ``REQUESTS`` finds among the best."""
+        self.num_writes += 1
+        one = {"id": f"w{self.num_writes}", "text": f"zorb {self.num_writes}"}
+        found = self.server.post("/v1/passages", {"passages": [one]})
+        if found.status == 200:
+            self.known[one["id"]] = one["text"]
+        return "" if found.status in (200, *REFUSED) else f"a write: {found.status} {str(found.body)[:300]}"
+
+    def _whole(self) -> list[str]:
+        """What is wrong when nothing lacks any more."""
+        wrong = [name for name in CHANGING if essence(name, self._right(name)) != self.expected[name]]
+        for one, text in self.known.items():
+            found = self.server.get(f"/v1/passages/{one}")
+            if found.status != 200 or found.body["text"] != text:
+                wrong.append(f"{one}, acknowledged: {found.status} {str(found.body)[:200]}")
+        return wrong
+
+    def case(self, chance: random.Random) -> Outcome:
+        kind = chance.choice([*KINDS])
+        names = [chance.choice([*REQUESTS, "write", "write", "0", "1", "2"]) for _ in range(CLIENTS * ROUNDS)]
+        before = _limit(self.server.process.pid, kind, chance)
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            found = [problem for problem in clients.map(self._asked, names) if problem]
+        ending = ""
+        if (status := self.server.process.poll()) is not None:
+            ending = f": a crash ({status})"
+            if kind != MEMORY or status >= 0:
+                found.append(f"the server ended with {status}: {self.server.stop()[2][-1_500:]}")
+            self.server.close()
+            self.server = AttackedServer(self.index, reload_seconds=0.2)
+        else:
+            resource.prlimit(self.server.process.pid, KINDS[kind], before)
+        found += [f"afterwards: {problem}" for problem in self._whole()]
+        return Outcome(f"little {kind}{ending}", "\n".join(found))
+
+
+@contextmanager
+def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
+    def start() -> Starved:
+        shutil.rmtree(folder / "served", ignore_errors=True)
+        (folder / "served").mkdir()
+        return Starved(folder / "served")
+
+    starved = start()
+
+    def case(chance: Draw) -> Outcome:
+        nonlocal starved
+        try:
+            outcome = starved.case(chance)
+        except BaseException:
+            starved.server.close()
+            starved = start()
+            raise
+        if outcome.fault:  # another server, so that one fault is not counted again
+            starved.server.close()
+            starved = start()
+        return outcome
+
+    try:
+        yield case
+    finally:
+        starved.server.close()
+
+
+ROW = Row("starved_server", "F7", 200, prepare)
+
+if __name__ == "__main__":
+    main(ROW)
