@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from d2llm.core.names import NAMES_ELSEWHERE
 from d2llm.core.settings import shown_as
+from d2llm.data.settings import ReadingSettings
 from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.fitting.settings import FitSettings
 from d2llm.recipe import Recipe
@@ -145,6 +146,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "recipe": recipe_lists,
     "kinds": kind_lists,
     "index": partial(class_list, IndexSpec),
+    "reading": partial(class_list, ReadingSettings),
     "chunking": partial(class_list, ChunkingSettings),
     "around-a-search": partial(class_list, ExpansionSettings, ConversationSettings, ExcerptSettings, ContextSettings),
     "similar": partial(class_list, SimilaritySettings, ClassifySettings),

@@ -16,6 +16,7 @@ from d2llm.data import documents, parser_workers
 from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
 from d2llm.data.documents import find_documents
 from d2llm.data.parser_workers import read_in_workers
+from d2llm.data.settings import ReadingSettings
 from file_cases.docx_cases import docx, p
 from file_cases.epub_cases import epub, page
 from file_cases.pdf_cases import lines, pages
@@ -39,7 +40,9 @@ def summary(outcome: FileContents | UnreadableFileError) -> str:
 def test_deaths_and_hangs_cost_one_file_each(tmp_path):
     """A worker that dies is replaced, and what another file did to it is not blamed on the next."""
     texts = ["one", "die", "print", "sleep", "two", "refuse", "die unless first", "three"]
-    outcomes = list(read_in_workers(write_all(tmp_path, texts), seconds=4, reader=read_unreliably))
+    outcomes = list(
+        read_in_workers(write_all(tmp_path, texts), ReadingSettings(seconds_per_file=4), reader=read_unreliably)
+    )
     assert [summary(outcome) for outcome in outcomes] == [
         "one",
         "its parser was ended by SIGKILL, perhaps because memory ran out: the last words",
@@ -55,7 +58,9 @@ def test_deaths_and_hangs_cost_one_file_each(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_what_a_worker_has_started_ends_with_it(tmp_path):
-    (outcome,) = read_in_workers(write_all(tmp_path, ["start a program"]), seconds=1, reader=read_unreliably)
+    (outcome,) = read_in_workers(
+        write_all(tmp_path, ["start a program"]), ReadingSettings(seconds_per_file=1), reader=read_unreliably
+    )
     assert summary(outcome) == "it takes more than 1 s to read"
     program = Path("/proc", (tmp_path / "00.pid").read_text(), "status")
     until(lambda: not program.exists() or "\nState:\tZ" in program.read_text(), "the end of the program")
@@ -112,8 +117,8 @@ def test_documents_are_read_by_workers(tmp_path, monkeypatch):
     plain = [document.id for document in find_documents([tmp_path])]
     assert plain == ["clocks.pdf", "note.txt", "tides.pptx"]
 
-    def with_unreliable_reader(paths, **options):
-        return read_in_workers(paths, reader=read_unreliably, **options)
+    def with_unreliable_reader(paths, settings, **options):
+        return read_in_workers(paths, settings, reader=read_unreliably, **options)
 
     (tmp_path / "clocks.pdf").write_text("a clock")
     (tmp_path / "tides.pptx").write_text("sleep")
@@ -140,11 +145,11 @@ def test_a_limit_of_memory_costs_one_file(tmp_path):
     paths = [tmp_path / name for name in files]
     for path, data in zip(paths, files.values(), strict=True):
         path.write_bytes(data)
-    large, fine, book, bomb_outcome, last = read_in_workers(paths, memory=150 << 20)
+    large, fine, book, bomb_outcome, last = read_in_workers(paths, ReadingSettings(memory_per_file=150 << 20))
     assert summary(large) == summary(book) == "it takes more than 0.146 GiB of memory to read"
     assert summary(fine) == summary(last) == "Fine."
     assert "more than 0.146 GiB of memory" in summary(bomb_outcome)
-    roomy = list(read_in_workers(paths[:1], memory=4 << 30))
+    roomy = list(read_in_workers(paths[:1], ReadingSettings(memory_per_file=4 << 30)))
     assert summary(roomy[0]).startswith("x")
 
 

@@ -20,6 +20,7 @@ from d2llm import EvaluationSettings, FitSettings, Index, SearchSettings
 from d2llm.cli.main import app
 from d2llm.core.errors import InputError
 from d2llm.core.settings import LENIENT_HELP, Settings, bound, is_list, shown_as
+from d2llm.data.settings import ReadingSettings
 from d2llm.retrieval.reranker import TeacherReranker
 from d2llm.retrieval.settings import (
     ChunkingSettings,
@@ -72,8 +73,9 @@ VERBS: list[tuple[str, type[Settings]]] = [
     *(
         (verb, kind)
         for verb in ("encode", "index add", "index upsert", "index sync")
-        for kind in (IndexSpec, ChunkingSettings)
+        for kind in (IndexSpec, ChunkingSettings, ReadingSettings)
     ),
+    *((verb, ReadingSettings) for verb in ("distill-static", "prune-vocabulary", "prune-neurons")),
 ]
 KINDS = {kind for _, kind in VERBS} | {ServeSettings}
 OPTIONS = [
@@ -93,7 +95,9 @@ def test_a_setting_is_an_option_with_its_help_default_and_bounds(verb: str, name
     assert option.show_default == (shown.default or True)
     assert (option.type_descriptor.annotation is bool) == option.is_flag
     checks = option.type_descriptor.parameter_info
-    assert (checks.min, checks.max) == (bound(field, "ge"), bound(field, "le"))
+    if shown.parse is None:
+        assert (checks.min, checks.max) == (bound(field, "ge"), bound(field, "le"))
+    assert (option.secondary_opts == []) == (field.default is not True)  # what is on can be turned off
 
 
 @pytest.mark.parametrize("name", ["student", "writer", "examples", "judged", "teacher"])
@@ -197,6 +201,8 @@ def test_settings_for_python_only_are_in_no_request_and_no_option():
         (Index.create, IndexSpec),
         (d2llm.encode, IndexSpec),
         (d2llm.fit, FitSettings),
+        (d2llm.find_documents, ReadingSettings),
+        (d2llm.sync_documents, ReadingSettings),
         (SizePlan, SizePlan),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from d2llm.cli.index import folder_of, index_app
-from d2llm.cli.index_options import CorpusArgument, FileOptions, chunking_of, warn_of_skipped
+from d2llm.cli.index_options import CorpusArgument, chunking_of, warn_of_skipped
 from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -22,6 +22,7 @@ from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.names import counted
 from d2llm.core.shipped import DEFAULT_STUDENT
+from d2llm.data.settings import ReadingSettings
 from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
 
@@ -33,7 +34,7 @@ def encode(
     out: Annotated[Path, typer.Option(metavar="INDEX", help="Where the index goes.")],
     spec: IndexSpec,
     splitting: ChunkingSettings,
-    files: FileOptions,
+    files: ReadingSettings,
     workers: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
     shards: Annotated[
@@ -74,7 +75,7 @@ def encode(
     # The workers of a cluster encode; here the student only splits texts, and this machine may lack their device.
     model = Student.load(student, **(loading if runner.is_local else dict[str, Any](device="cpu")))
     chunking = chunking_of(splitting, model) or default_chunking(model)
-    texts = open_corpus(corpus, **files.reading)
+    texts = open_corpus(corpus, files)
     report = encode(
         texts,
         model,

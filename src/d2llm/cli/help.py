@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from d2llm.data.settings import ReadingSettings
 from d2llm.store.index_spec import IndexSpec
 
 _FEW = 7  # options that need no groups
@@ -24,15 +25,7 @@ _OTHER_NAMES = {
 }  # of IndexSpec; the options are task (of several verbs), field, shards
 
 _COMMON = {
-    "Files of documents": (
-        "exclude",
-        "follow_links",
-        "file_seconds",
-        "file_memory",
-        "ocr",
-        "no_metadata",
-        "lenient_metadata",
-    ),
+    "Files of documents": (*ReadingSettings.model_fields, "no_metadata", "lenient_metadata"),
     "Passages": ("chunk_tokens", "chunk_overlap", "late", "late_window", "whole"),
     "A new index": (*(name for name in IndexSpec.model_fields if name not in _OTHER_NAMES), "field", "shards", "prune"),
     "Language model that writes": ("writer", "endpoint", "api_key_env"),

@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from d2llm.cli.index_options import (
-    CorpusArgument,
-    FileOptions,
-    check_fits,
-    chunking_of,
-    warn_of_skipped,
-)
+from d2llm.cli.index_options import CorpusArgument, check_fits, chunking_of, warn_of_skipped
 from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -41,6 +35,7 @@ from d2llm.core.names import counted
 from d2llm.core.settings import LENIENT_HELP
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES
+from d2llm.data.settings import ReadingSettings
 from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
 
@@ -71,7 +66,7 @@ IndexStudentOption = Annotated[
 
 
 @dataclass(frozen=True)
-class WritingOptions(FileOptions):
+class WritingOptions:
     """Which parts of a corpus to read, and how to encode it."""
 
     student: IndexStudentOption = None
@@ -168,13 +163,14 @@ def add(
     corpus: CorpusArgument,
     spec: IndexSpec,
     splitting: ChunkingSettings,
+    reading: ReadingSettings,
     writing: WritingOptions,
 ) -> None:
     """Add texts that are not in the index yet; creates it if there is none.
 
     If interrupted, continue with upsert: stored texts are not encoded again.
     """
-    _write_corpus(context, corpus, spec, splitting, writing, only_new=True)
+    _write_corpus(context, corpus, spec, splitting, reading, writing, only_new=True)
 
 
 @index_app.command("upsert")
@@ -184,6 +180,7 @@ def upsert(
     corpus: CorpusArgument,
     spec: IndexSpec,
     splitting: ChunkingSettings,
+    reading: ReadingSettings,
     writing: WritingOptions,
 ) -> None:
     """Add new texts and replace changed ones; creates the index if there is none.
@@ -191,7 +188,7 @@ def upsert(
     Long texts are split into passages, the same way each time. Only new and changed texts are encoded. If interrupted,
     the same command continues where it stopped.
     """
-    _write_corpus(context, corpus, spec, splitting, writing, only_new=False)
+    _write_corpus(context, corpus, spec, splitting, reading, writing, only_new=False)
 
 
 @index_app.command("sync")
@@ -206,6 +203,7 @@ def sync(
     ],
     spec: IndexSpec,
     splitting: ChunkingSettings,
+    reading: ReadingSettings,
     writing: WritingOptions,
 ) -> None:
     """Make the index hold the documents of some folders as they are now; creates it if there is none.
@@ -219,12 +217,12 @@ def sync(
     if writing.no_metadata:
         raise InputError("sync tells by their metadata which files have changed; leave out --no-metadata")
     check_index_first(folder_of(context), "sync", folders)
-    find_documents(folders, **writing.reading)  # before an index is created for them
+    find_documents(folders, reading)  # before an index is created for them
     with _opened(folder_of(context), spec, writing) as index:
         report = sync_documents(
             index,
             folders,
-            **writing.reading,
+            reading,
             chunking=chunking_of(splitting, cast("Student", index.student), index.folder),
         )
         _require_passages(index, report.skipped)
@@ -502,6 +500,7 @@ def _write_corpus(
     corpus: list[Path],
     spec: IndexSpec,
     splitting: ChunkingSettings,
+    reading: ReadingSettings,
     writing: WritingOptions,
     *,
     only_new: bool,
@@ -511,7 +510,7 @@ def _write_corpus(
 
     check_index_first(folder_of(context), "add" if only_new else "upsert", corpus)
     # The corpus is checked before an index is created for it.
-    texts = open_corpus(corpus, with_metadata=not writing.no_metadata, **writing.reading)
+    texts = open_corpus(corpus, reading, with_metadata=not writing.no_metadata)
     with _opened(folder_of(context), spec, writing) as index:
         report = index.upsert_documents(
             texts.passages,

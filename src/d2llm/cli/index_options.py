@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2llm.cli.options import input_path, option_name
 from d2llm.core.errors import InputError
-from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE
 from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
 
@@ -34,57 +32,6 @@ CorpusArgument = Annotated[
         "HTML, Markdown, Word, PowerPoint, Excel, EPUB, text, tables, source code, scans). -: standard input.",
     ),
 ]
-ExcludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATTERN",
-        help="Leave these out of folders of documents, as in a .gitignore; may be given several times.",
-    ),
-]
-FollowLinksOption = Annotated[
-    bool,
-    typer.Option(
-        "--follow-links/--no-follow-links",
-        help="Whether to read what symbolic links in folders of documents lead to, which may be outside of them.",
-    ),
-]
-FileSecondsOption = Annotated[
-    float, typer.Option(metavar="N", min=1, help="Skip documents that take longer than N seconds to read.")
-]
-FileMemoryOption = Annotated[
-    int, typer.Option(metavar="MB", min=64, help="Skip documents that take more megabytes of memory to read (Linux).")
-]
-OcrOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LANGUAGES",
-        help="Languages of text in pictures and scanned pages, such as eng+chi_sim, which the program tesseract "
-        "recognises; none: no recognition.",
-        show_default="eng if tesseract is installed",
-    ),
-]
-
-
-@dataclass(frozen=True)
-class FileOptions:
-    """How files of documents are found and read."""
-
-    exclude: ExcludeOption = None
-    follow_links: FollowLinksOption = True
-    file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE
-    file_memory: FileMemoryOption = DEFAULT_MEMORY_PER_FILE >> 20
-    ocr: OcrOption = None
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """The arguments of functions that read documents."""
-        return {
-            "exclude": self.exclude or (),
-            "follow_links": self.follow_links,
-            "seconds_per_file": self.file_seconds,
-            "memory_per_file": self.file_memory << 20,
-            "ocr": self.ocr,
-        }
 
 
 def check_fits(spec: IndexSpec, index: Index) -> None:

@@ -506,13 +506,14 @@ def _option(name: str, field: FieldInfo) -> Any:
         )
         named = Enum(name, {choice: choice for choice in get_args(choices)}, type=str) if get_args(choices) else choices
         kind = list[named] | None  # pyright: ignore[reportInvalidTypeForm]
+    declared = option_name(name, field)
     option = typer.Option(
-        option_name(name, field),
+        f"{declared}/--no-{declared[2:]}" if field.default is True and "/" not in declared else declared,
         metavar=words.metavar,
-        parser=words.parse and partial(_parsed, words.parse, option_name(name, field)),
+        parser=words.parse and partial(_parsed, words.parse, declared),
         callback=input_path if Path in (kind, *get_args(kind)) else None,
-        min=bound(field, "ge"),
-        max=bound(field, "le"),
+        min=None if words.parse else bound(field, "ge"),  # bounds are of the value, not of how it is written
+        max=None if words.parse else bound(field, "le"),
         help=field.description,
         show_default=words.default or True,
     )

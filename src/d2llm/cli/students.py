@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from d2llm.cli.index_options import CorpusArgument, FileOptions, warn_of_skipped
+from d2llm.cli.index_options import CorpusArgument, warn_of_skipped
 from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -25,6 +25,7 @@ from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 from d2llm.core.names import counted
+from d2llm.data.settings import ReadingSettings
 from d2llm.training.settings import FitScoresSettings
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def distill_static(
     context: typer.Context,
     corpus: CorpusArgument,
     out: Annotated[Path, _out_option(help="Where the model goes; a new folder.")],
-    files: FileOptions,
+    files: ReadingSettings,
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="A model as in student.backbone.model of a recipe.")
     ] = "minilm",
@@ -60,7 +61,7 @@ def distill_static(
     from d2llm.training.distill_static import distill_static
 
     session = session_of(context)
-    texts = open_corpus(corpus, **files.reading)
+    texts = open_corpus(corpus, files)
     backbone = Backbone.load(BackboneConfig(model=model), device=device, dtype=dtype)
     passages = (passage.full_text for passage in texts.passages)
     report = distill_static(backbone, passages, out, dim=dim, smoothing=smoothing)
@@ -312,7 +313,7 @@ def prune_vocabulary(
     student: StudentArgument,
     corpus: CorpusArgument,
     out: _OutOption,
-    files: FileOptions,
+    files: ReadingSettings,
     check: Annotated[
         list[Path] | None,
         typer.Option(
@@ -334,7 +335,7 @@ def prune_vocabulary(
     from d2llm.models.vocabulary import prune_vocabulary as prune
 
     session = session_of(context)
-    texts = open_corpus(corpus, **files.reading)
+    texts = open_corpus(corpus, files)
     loaded = Student.load(student, device="cpu", dtype="float32")
     pruned = prune(loaded, (passage.full_text for passage in texts.passages))
     pruned.save(out)
@@ -343,7 +344,7 @@ def prune_vocabulary(
     report: dict[str, object] = {"tokens": before, "kept": after, "bytes": num_bytes}
     session.say(f"prune-vocabulary: {after:,} of {before:,} tokens stay; {num_bytes:,} bytes in {out}")
     if check:
-        checked = open_corpus(check, **files.reading)
+        checked = open_corpus(check, files)
         lost = lost_tokens(loaded, pruned, (passage.full_text for passage in checked.passages))
         session.say(
             f"prune-vocabulary: of {lost.num_texts:,} texts to check, {lost.num_changed:,} have other tokens now; "
@@ -360,7 +361,7 @@ def prune_neurons(
     student: StudentArgument,
     corpus: CorpusArgument,
     out: _OutOption,
-    files: FileOptions,
+    files: ReadingSettings,
     keep: Annotated[
         float, typer.Option(metavar="FRACTION", help="The fraction of the neurons of each layer that stays.")
     ] = 0.5,
@@ -379,7 +380,7 @@ def prune_neurons(
     from d2llm.models.student import Student
 
     session = session_of(context)
-    texts = open_corpus(corpus, **files.reading)
+    texts = open_corpus(corpus, files)
     loaded = Student.load(student, device="cpu", dtype="float32")
     pruned = prune(loaded, (passage.full_text for passage in texts.passages), keep)
     pruned.save(out)

@@ -59,7 +59,7 @@ def requirement(problems: Iterable[ErrorDetails]) -> str | None:
         if kind in _LENGTHS:
             return f"have {_LENGTHS[kind].format(**ctx)}"
         if kind in _BOUNDS:
-            needed.append(f"{_BOUNDS[kind]} {next(iter(ctx.values())):g}")
+            needed.append(f"{_BOUNDS[kind]} {next(iter(ctx.values())):.15g}")
         elif kind == "string_pattern_mismatch":
             needed.append("of another form")
         elif (name := kind.partition("_")[0]) in _TYPES:

@@ -31,10 +31,6 @@ DEFAULT_NUM_CANDIDATES = 200
 """Number of passages that get the full score in a search."""
 DEFAULT_ANN_RECALL = 0.98
 """Of the exact candidates, in an approximate index; more of the first ten are found."""
-DEFAULT_SECONDS_PER_FILE = 120.0
-"""Documents that take longer to read are skipped."""
-DEFAULT_MEMORY_PER_FILE = 2 << 30
-"""Documents that take more bytes of memory to read are skipped."""
 DEFAULT_RERANKED_PASSAGES = 20
 """Maximum number of passages that a reranker reads in a search."""
 DEFAULT_CONTEXT_TOKENS = 2_000

@@ -24,17 +24,11 @@ from typing import Any
 import gitignore_parser
 
 from d2llm.core.errors import InputError
-from d2llm.core.inputs import paths_of, strings_of
+from d2llm.core.inputs import paths_of
 from d2llm.core.names import counted, nearest
 from d2llm.core.plain_values import UntypedText
-from d2llm.core.types import (
-    DEFAULT_MEMORY_PER_FILE,
-    DEFAULT_SECONDS_PER_FILE,
-    MetadataValue,
-    Passage,
-    Section,
-    SectionedPassage,
-)
+from d2llm.core.settings import shows
+from d2llm.core.types import MetadataValue, Passage, Section, SectionedPassage
 from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
 from d2llm.data.file_contents import (
     CODE,
@@ -47,10 +41,9 @@ from d2llm.data.file_contents import (
 )
 from d2llm.data.ocr import OFF, PICTURES, languages_of
 from d2llm.data.parser_workers import TextLimits, read_in_workers
+from d2llm.data.settings import ReadingSettings
 
 _log = logging.getLogger(__name__)
-MAX_BYTES = 100 << 20
-"""Larger files are skipped, unless another limit is given."""
 _LONG_BYTES = 1 << 20  # larger files are read by other processes, too, within the time that a file may take
 _FACTS = ("path", "modified", "file_bytes", "heading", "page", "num_passages", "row", "num_rows", "ocr")
 _TEXT_NAMES = ("text", "content", "contents", "body", "passage", "document", "page_content")
@@ -116,18 +109,17 @@ class DocumentFiles:
     """The documents below some files and folders, in the order of their ids.
 
     Iterating reads the files and yields their documents; all but short plain texts are read by other processes
-    (``data.parser_workers``), each within ``seconds_per_file`` and ``memory_per_file`` (bytes), and
-    ``text_limits``, the most text that they may have. ``ocr`` are the languages of text in pictures
-    (``data.ocr.languages_of``), "" if it is not recognised. ``skipped`` lists what could not be read so far, files and
-    parts of files; ``num_other`` counts files whose suffix is not among ``suffixes``, of which ``pictures`` has the ids
-    of pictures, and ``links`` are symbolic links that were not followed.
+    (``data.parser_workers``), each within the time and memory of the ``settings``, and ``text_limits``, the most text
+    that they may have. ``ocr`` are the languages of text in pictures (``data.ocr.languages_of``), "" if it is not
+    recognised. ``skipped`` lists what could not be read so far, files and parts of files; ``num_other`` counts files
+    whose suffix is not among ``suffixes``, of which ``pictures`` has the ids of pictures, and ``links`` are symbolic
+    links that were not followed.
     """
 
     files: list[DocumentFile]
     skipped: list[SkippedFile] = field(default_factory=list[SkippedFile])
     num_other: int = 0
-    seconds_per_file: float = DEFAULT_SECONDS_PER_FILE
-    memory_per_file: int = DEFAULT_MEMORY_PER_FILE
+    settings: ReadingSettings = field(default_factory=ReadingSettings)
     links: list[str] = field(default_factory=list[str])
     text_limits: TextLimits | None = None
     ocr: str = ""
@@ -151,13 +143,7 @@ class DocumentFiles:
         elsewhere = [file.num_bytes > 0 and _is_read_elsewhere(file) for file in self.files]
         paths = [file.path for file in compress(self.files, elsewhere)]
         rows: dict[str, str] = {}  # ids of the rows of corpora, and their files
-        limits: dict[str, Any] = {
-            "seconds": self.seconds_per_file,
-            "memory": self.memory_per_file,
-            "chars": self.text_limits,
-            "ocr": self.ocr,
-        }
-        with closing(read_in_workers(paths, **limits)) as outcomes:
+        with closing(read_in_workers(paths, self.settings, chars=self.text_limits, ocr=self.ocr)) as outcomes:
             for file, is_elsewhere in zip(self.files, elsewhere, strict=True):
                 try:
                     read = _parsed(file, next(outcomes), self.ocr) if is_elsewhere else read_documents(file)
@@ -171,15 +157,9 @@ class DocumentFiles:
                     yield read
 
 
+@shows(ReadingSettings)
 def find_documents(
-    paths: Iterable[str | Path] | str | Path,
-    *,
-    exclude: Sequence[str] | str = (),
-    max_bytes: int = MAX_BYTES,
-    seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
-    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
-    follow_links: bool = True,
-    ocr: str | None = None,
+    paths: Iterable[str | Path] | str | Path, settings: ReadingSettings | None = None, **changes: Any
 ) -> DocumentFiles:
     """Find the files below some paths that can be read as documents.
 
@@ -189,14 +169,8 @@ def find_documents(
 
     Args:
         paths: files, and folders to search with all their folders.
-        exclude: what to leave out of folders, as lines of a ``.gitignore``; ``EXCLUDED`` always is.
-        max_bytes: larger files are skipped.
-        seconds_per_file: files that take longer to read are skipped.
-        memory_per_file: files that take more bytes of memory to read in another process are skipped.
-        follow_links: also read the files and folders to which symbolic links in the folders lead, wherever these are;
-            without, ``links`` names the links.
-        ocr: languages of text in pictures and scanned pages, which the program tesseract recognises, such as
-            "eng+chi_sim"; "none": it is not recognised; None: in English if tesseract is installed.
+        settings: what to leave out besides ``EXCLUDED``, limits of each file, and the languages of text in pictures.
+        changes: single fields of the settings, as in ``find_documents("docs", ocr="none")``.
 
     Raises:
         InputError: a path does not exist, a pattern is malformed, nothing below the paths can be read, or tesseract
@@ -207,23 +181,21 @@ def find_documents(
         >>> [file.id for file in find_documents("docs").files]
         ['bees.md', 'tea.md']
     """
-    roots, exclude = paths_of(paths, "paths"), strings_of(exclude, "exclude")
+    roots, settings = paths_of(paths, "paths"), ReadingSettings.of(settings, **changes)
     for root in roots:
         if not root.exists():
             raise InputError(f"{root}: there is no such file or folder")
-    documents = DocumentFiles(
-        [], seconds_per_file=seconds_per_file, memory_per_file=memory_per_file, ocr=languages_of(ocr)
-    )
+    documents = DocumentFiles([], settings=settings, ocr=languages_of(settings.ocr))
     known_folders: set[tuple[int, int]] = set()
     several = sum(root.is_dir() for root in roots) > 1
     for root in roots:
         if not root.is_dir():
-            _add(documents, root, root.name, max_bytes)
+            _add(documents, root, root.name)
             continue
         prefix = f"{root.resolve().name}/" if several else ""
-        for path, name in _walk(root, prefix, _matcher(root, exclude), documents, known_folders, follow_links):
+        for path, name in _walk(root, prefix, _matcher(root, settings.exclude), documents, known_folders):
             if path.suffix.lower() in documents.suffixes:
-                _add(documents, path, name, max_bytes)
+                _add(documents, path, name)
             else:
                 documents.num_other += 1
                 documents.pictures += [name] if path.suffix.lower() in PICTURES else []
@@ -335,9 +307,9 @@ def _walk(
     is_excluded: Callable[[str], bool],
     documents: DocumentFiles,
     known_folders: set[tuple[int, int]],
-    follow_links: bool,
 ) -> Iterator[tuple[Path, str]]:
     """The files below a folder that are not excluded, each with its id."""
+    follow_links = documents.settings.follow_links
 
     def is_wanted(folder: str, name: str) -> bool:
         path = Path(folder) / name
@@ -381,7 +353,7 @@ def _matcher(root: Path, exclude: Sequence[str]) -> Callable[[str], bool]:
     return gitignore_parser.parse_gitignore_str("\n".join([*EXCLUDED, *exclude]), base_dir=str(root.absolute()))
 
 
-def _add(documents: DocumentFiles, path: Path, name: str, max_bytes: int) -> None:
+def _add(documents: DocumentFiles, path: Path, name: str) -> None:
     def skip(reason: str) -> None:
         documents.skipped.append(SkippedFile(str(path), reason, name))
 
@@ -394,8 +366,8 @@ def _add(documents: DocumentFiles, path: Path, name: str, max_bytes: int) -> Non
         skip("it is not a regular file")
     elif path.suffix.lower() not in SUFFIXES | PICTURES:
         skip(f"files with the suffix '{path.suffix}' cannot be read")
-    elif status.st_size > max_bytes:
-        skip(f"it has {status.st_size:,} bytes, more than {max_bytes:,}")
+    elif status.st_size > documents.settings.max_bytes:
+        skip(f"it has {status.st_size:,} bytes, more than {documents.settings.max_bytes:,}")
     else:
         modified = datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, timezone.utc)
         documents.files.append(DocumentFile(path, name, status.st_size, modified))

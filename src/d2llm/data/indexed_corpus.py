@@ -13,12 +13,13 @@ from pathlib import Path
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
-from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
+from d2llm.core.types import Passage
 from d2llm.data.documents import SkippedFile, find_documents
 from d2llm.data.file_contents import SUFFIXES
 from d2llm.data.lines import read_records, refuse_duplicate
 from d2llm.data.ocr import PICTURES
 from d2llm.data.python_records import corpus_passages
+from d2llm.data.settings import ReadingSettings
 from d2llm.data.table_files import is_corpus_record
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")
@@ -43,25 +44,14 @@ class Corpus:
 
 
 def open_corpus(
-    paths: Sequence[Path],
-    *,
-    with_metadata: bool = True,
-    exclude: Sequence[str] = (),
-    seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
-    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
-    follow_links: bool = True,
-    ocr: str | None = None,
+    paths: Sequence[Path], settings: ReadingSettings | None = None, *, with_metadata: bool = True
 ) -> Corpus:
     """Open a corpus file (or a folder that holds one), or files and folders of documents (``data.documents``).
 
     Args:
         paths: one corpus, or any number of documents and folders.
+        settings: how to find and read documents.
         with_metadata: without: id, title and text only.
-        exclude: what to leave out of folders of documents, as in a ``.gitignore``.
-        seconds_per_file: documents that take longer to read are skipped.
-        memory_per_file: documents that take more bytes of memory to read are skipped.
-        follow_links: also read what symbolic links in folders of documents lead to.
-        ocr: languages of text in pictures, as for ``find_documents``.
 
     Raises:
         InputError: a path does not exist, or there are no documents.
@@ -72,14 +62,7 @@ def open_corpus(
         file = corpus_file(paths[0])
         passages = iter_corpus(file, with_metadata=with_metadata)
         return Corpus(passages, check_corpus(file, with_metadata=with_metadata), fingerprint_files([file]))
-    documents = find_documents(
-        paths,
-        exclude=exclude,
-        seconds_per_file=seconds_per_file,
-        memory_per_file=memory_per_file,
-        follow_links=follow_links,
-        ocr=ocr,
-    )
+    documents = find_documents(paths, settings)
     state = [[file.id, file.num_bytes, str(file.modified)] for file in documents.files]
     passages = documents if with_metadata else (replace(document, metadata={}) for document in documents)
     return Corpus(

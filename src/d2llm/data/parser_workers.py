@@ -27,10 +27,11 @@ from typing import IO, Any, cast
 
 from d2llm.core.errors import MissingExtraError
 from d2llm.core.machine import usable_cores
-from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, MetadataValue, Passage, Section
+from d2llm.core.types import MetadataValue, Passage, Section
 from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
 from d2llm.data.file_contents import read_contents
 from d2llm.data.ocr import Recogniser
+from d2llm.data.settings import ReadingSettings
 
 _MAX_WORKERS = 4
 _PATIENCE_SECONDS = 1.0  # after waiting as long as this in all, more workers than one are started
@@ -64,9 +65,8 @@ class TextLimits:
 
 def read_in_workers(
     paths: Sequence[Path],
+    settings: ReadingSettings | None = None,
     *,
-    seconds: float = DEFAULT_SECONDS_PER_FILE,
-    memory: int = DEFAULT_MEMORY_PER_FILE,
     chars: TextLimits | None = None,
     ocr: str = "",
     reader: Reader = read_contents,
@@ -78,8 +78,8 @@ def read_in_workers(
 
     Args:
         paths: the files.
-        seconds: reading one file may take this long; the start of a process does not count.
-        memory: a process may have as many bytes of data. Linux alone sees to that.
+        settings: how much time and memory one file may take; the start of a process does not count. Linux alone sees
+            to the memory, which is that of a process's data.
         chars: how much text may be in a file: a small one can unpack to a lot. None: any amount.
         ocr: the languages of text in pictures (``data.ocr.languages_of``); "": it is not recognised.
         reader: a function of a module that the workers can import; gets a path, and a ``Recogniser`` with ``ocr``.
@@ -87,7 +87,7 @@ def read_in_workers(
     Raises:
         MissingExtraError: a format needs a library that is not installed.
     """
-    pool = _Pool(paths, seconds, memory, chars, ocr, reader)
+    pool = _Pool(paths, settings or ReadingSettings(), chars, ocr, reader)
     try:
         for index in range(len(paths)):
             yield pool.outcome(index)
@@ -142,15 +142,15 @@ class _Pool:
     def __init__(
         self,
         paths: Sequence[Path],
-        seconds: float,
-        memory: int,
+        settings: ReadingSettings,
         chars: TextLimits | None,
         ocr: str,
         reader: Reader,
     ) -> None:
-        self._paths, self._seconds, self._memory, self._reader = paths, seconds, memory, reader
+        self._paths, self._reader = paths, reader
+        self._seconds, self._memory = settings.seconds_per_file, settings.memory_per_file
         limits = None if chars is None else asdict(chars)
-        self._request = {"seconds": seconds, "memory": memory, "chars": limits, "ocr": ocr}
+        self._request = {"seconds": self._seconds, "memory": self._memory, "chars": limits, "ocr": ocr}
         self._workers: list[_Worker] = []
         self._replies: SimpleQueue[tuple[_Worker, bytes]] = SimpleQueue()
         self._outcomes: dict[int, Outcome] = {}

@@ -21,6 +21,7 @@ from d2llm.data.check import guess_languages
 from d2llm.data.documents import SkippedFile, skipped_by_kind
 from d2llm.data.indexed_corpus import Corpus, is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished
+from d2llm.data.settings import ReadingSettings
 from d2llm.fitting.settings import FitSettings
 from d2llm.models.protocols import expansion_fingerprint, task_for
 from d2llm.retrieval.reading import load_student
@@ -148,7 +149,7 @@ class ServedIndex:
             index.delete(gone)
             return f"{counted(written.num_added + written.num_updated, 'passage')} changed, {len(gone):,} gone"
         chunking = index.chunking or self.settings.chunking or default_chunking(self.load(self.folder.student))
-        report = sync_documents(index, self.documents, exclude=self._excluded, chunking=chunking)
+        report = sync_documents(index, self.documents, self._reading, chunking=chunking)
         self._note_skipped(report.skipped)
         changed = report.num_files - report.num_unchanged
         return f"{changed:,} of {report.num_files:,} files had changed, {len(report.gone):,} were gone"
@@ -230,18 +231,18 @@ class ServedIndex:
             self.__dict__.pop(name, None)
 
     def _open_corpus(self) -> Corpus:
-        return open_corpus(self.documents, exclude=self._excluded)
+        return open_corpus(self.documents, self._reading)
 
     @property
-    def _excluded(self) -> list[str]:
-        """What to leave out of the documents: what the settings say, and this fit's own folder."""
+    def _reading(self) -> ReadingSettings:
+        """How to read the documents: without what the settings say, and this fit's own folder."""
         fit_folder = self.folder.path.resolve()
         inside = [
             fit_folder.relative_to(path.resolve())
             for path in self.documents
             if fit_folder.is_relative_to(path.resolve())
         ]
-        return [*self.settings.exclude, *(f"/{path.as_posix()}/" for path in inside)]
+        return ReadingSettings(exclude=[*self.settings.exclude, *(f"/{path.as_posix()}/" for path in inside)])
 
     def _note_skipped(self, skipped: Sequence[SkippedFile]) -> None:
         for what, files in skipped_by_kind(skipped):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2llm.core.errors import InputError
-from d2llm.core.settings import TASK_HELP, WRITER_HELP, Settings, Shown, setting
+from d2llm.core.settings import TASK_HELP, WRITER_HELP, Settings, Shown, narrowed, setting
 from d2llm.core.types import Task
+from d2llm.data.settings import ReadingSettings
 
 if TYPE_CHECKING:
     from d2llm.models.writers.writer import QueryKind
@@ -96,12 +97,7 @@ class FitSettings(Settings):
         "passage or a document.",
         _PYTHON_ONLY,
     )
-    exclude: tuple[str, ...] = setting(
-        (),
-        "Leave out files of these names, as in a .gitignore; can be repeated.",
-        Shown(metavar="PATTERN"),
-        strict=False,
-    )
+    exclude: tuple[str, ...] = narrowed(ReadingSettings, "exclude")
     chunking: Chunking | None = setting(
         None,
         "How documents are split; by default as in the index, or in the usual way in a new one.",

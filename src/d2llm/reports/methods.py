@@ -171,7 +171,7 @@ def settings_of(
 ) -> Iterator[tuple[str, Setting]]:
     """The settings of a class, and of the sections in it; ``given``: the section that is the default."""
     for name, field in cls.model_fields.items():
-        limits = [f"{sign} {bound(field, key):g}" for key, sign in _BOUNDS.items() if bound(field, key) is not None]
+        limits = [f"{sign} {bound(field, key):.15g}" for key, sign in _BOUNDS.items() if bound(field, key) is not None]
         default: Any = field.get_default(call_default_factory=True) if given is None else getattr(given, name)
         inner = next((annotation for annotation in _flat(field.annotation) if _is_section(annotation)), None)
         if field.is_required() and given is None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from d2llm.core.inputs import check_kind
-from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
-from d2llm.data.documents import MAX_BYTES, DocumentFile, SkippedFile, find_documents
+from d2llm.core.settings import shows
+from d2llm.core.types import Passage
+from d2llm.data.documents import DocumentFile, SkippedFile, find_documents
 from d2llm.data.ocr import OFF
+from d2llm.data.settings import ReadingSettings
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.upserting import DocumentsReport
 from d2llm.store.index_manifest import Chunking
@@ -38,17 +41,14 @@ class SyncReport:
     links: tuple[str, ...] = ()
 
 
+@shows(ReadingSettings)
 def sync_documents(
     index: Index,
     paths: Iterable[str | Path] | str | Path,
+    settings: ReadingSettings | None = None,
     *,
-    exclude: Sequence[str] | str = (),
-    max_bytes: int = MAX_BYTES,
-    seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
-    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
-    follow_links: bool = True,
-    ocr: str | None = None,
     chunking: Chunking | None = None,
+    **changes: Any,
 ) -> SyncReport:
     """Make an index hold the documents below some paths as they are now.
 
@@ -70,16 +70,8 @@ def sync_documents(
         bees.md
     """
     known = _known_files(index)
-    documents = find_documents(
-        paths,
-        exclude=exclude,
-        max_bytes=max_bytes,
-        seconds_per_file=seconds_per_file,
-        memory_per_file=memory_per_file,
-        follow_links=follow_links,
-        ocr=ocr,
-    )
-    keeps_recognised = ocr is None and not documents.ocr
+    documents = find_documents(paths, settings, **changes)
+    keeps_recognised = documents.settings.ocr is None and not documents.ocr
 
     def is_unchanged(file: DocumentFile) -> bool:
         before = known.get(file.id, _Known())
