@@ -13,6 +13,7 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.core.types import Section
 from d2llm.data.documents import find_documents, read_documents
+from d2llm.data.file_contents import decoded_text
 from d2llm.data.indexed_corpus import open_corpus
 from file_cases.pdf_cases import lines, pages
 
@@ -20,6 +21,8 @@ pytest.importorskip("lxml", reason="pip install 'd2llm[documents]'")
 
 RUSSIAN = "Семантический поиск находит информацию по смыслу, а не по ключевым словам. "
 FILES = Path(__file__).parent / "files"
+NO_ENCODINGS = ("hex", "rot13", "idna", "punycode", "undefined", "raw_unicode_escape", "unicode_escape", "no-such")
+"""Names of codecs that no page is written in, and of none."""
 
 
 def read(path: Path):
@@ -142,13 +145,33 @@ class TestFormats:
             ("utf-8", "cp1252", "Größe “unbekannt”"),
             ("euc-kr", "cp949", "의미 검색"),
             ("utf-16", "utf-16", "Größe"),
-            *((codec, "cp1252", "Größe “unbekannt”") for codec in ("hex", "rot13", "idna", "undefined", "no-such")),
+            *((codec, "cp1252", "Größe “unbekannt”") for codec in NO_ENCODINGS),
         ],
     )
     def test_encodings_of_html(self, tmp_path, name, encoding, text):
         page = f'<html><head><meta charset="{name}"><title>{text}</title></head><body><p>{text}</p></body></html>'
         document = read(write(tmp_path, "page.html", page.encode(encoding)))
         assert (document.title, document.text) == (text, text)
+
+    @pytest.mark.parametrize(
+        ("name", "decoded"),
+        [("koi8-r", ["utf-8-sig", "koi8-r"]), ("utf-8", ["utf-8-sig"]), ("latin-1", ["utf-8-sig", "cp1252"])],
+    )
+    def test_a_text_is_decoded_once_in_the_encoding_that_it_names(self, name, decoded):
+        class Counted(bytes):
+            def decode(self, encoding="utf-8", errors="strict"):
+                calls.append(encoding)
+                return super().decode(encoding, errors)
+
+        calls: list[str] = []
+        text = f'<meta charset="{name}"><p>{"поиск" if name == "koi8-r" else "Größe"}</p>\n'
+        assert decoded_text(Counted(text.encode(name)), with_declaration=True) == text
+        assert calls == decoded
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+    def test_a_text_that_lacks_its_last_byte_has_all_letters_but_one(self, tmp_path, encoding):
+        text = "The tide comes in twice a day."
+        assert read(write(tmp_path, "a.txt", text.encode(encoding)[:-1])).text == f"{text[:-1]}\ufffd"
 
     def test_a_page_s_title_and_rules_are_no_headings(self, tmp_path):
         head = '<head><title>Stars</title><meta name="description" content="Of the sky"></head>'

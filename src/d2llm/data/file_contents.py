@@ -42,6 +42,7 @@ SUFFIXES = _TEXT | _MARKDOWN | _RST | _HTML | _PDF | _READERS.keys() | TABLES | 
 _NO_TITLES = frozenset({"presentation", "powerpoint presentation", "untitled", "untitled document"})
 """What office programs write where nobody gave a title."""
 _SAMPLE_BYTES = 1 << 16  # enough to guess an encoding from
+_OF_NO_PAGE = ("utf-", "unicode", "raw", "punycode")  # a page that is not UTF-8 is none of them, whatever it says
 
 
 def readable_suffixes(ocr: str) -> frozenset[str]:
@@ -156,24 +157,25 @@ def decoded_text(data: bytes, *, with_declaration: bool = False) -> str:
 
     ``with_declaration``: the text may name its encoding, as HTML does.
     """
-    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
-        encoding = "utf-32"
-    elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "utf-16"
-    elif b"\0" in data[:_SAMPLE_BYTES]:
-        encoding = _wide_encoding(data[:_SAMPLE_BYTES])
-    else:
-        encoding = "utf-8-sig"
+    wide = _wide_encoding(data[:_SAMPLE_BYTES])
     try:
-        text = data.decode(encoding)
+        text = data.decode(wide, errors="replace") if wide else data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        declared = _declared_encoding(data) if with_declaration else None
-        text = data.decode(declared or _other_encoding(data), errors="replace")
+        text = (_as_declared(data) if with_declaration else None) or _as_guessed(data)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _wide_encoding(sample: bytes) -> str:
-    """UTF-16 without a byte-order mark: every other byte of its spaces, digits and ASCII letters is 0."""
+def _wide_encoding(sample: bytes) -> str | None:
+    """UTF-32 or UTF-16 by its byte-order mark, or UTF-16 without one; None if it is neither.
+
+    In UTF-16, every other byte of spaces, digits and ASCII letters is 0.
+    """
+    if sample.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "utf-32"
+    if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    if b"\0" not in sample:
+        return None
     for encoding, first in (("utf-16-le", 1), ("utf-16-be", 0)):
         zeros, others = sample[first::2].count(0), sample[1 - first :: 2].count(0)
         if len(sample) > 3 and zeros > len(sample) // 8 and not others:
@@ -181,18 +183,16 @@ def _wide_encoding(sample: bytes) -> str:
     raise UnreadableFileError("it is not text")
 
 
-def _declared_encoding(data: bytes) -> str | None:
-    """The encoding that a page names, if it is known; as in browsers, those that others contain stand for these."""
+def _as_declared(data: bytes) -> str | None:
+    """A page in the encoding that it names; None if it names none of text, or one that it cannot have.
+
+    As in browsers, encodings that others contain stand for these.
+    """
     declaration = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]+)", data[:4096])
     if declaration is None:
         return None
-    try:
-        name = codecs.lookup(declaration[1].decode("ascii", errors="replace")).name
-        data.decode(name, errors="replace")
-    except (LookupError, ValueError):  # Python also has codecs that are no encodings of text, such as hex
-        return None
     larger = {
-        **dict.fromkeys(("ascii", "iso8859-1", "latin-1"), "cp1252"),
+        **dict.fromkeys(("ascii", "iso8859-1"), "cp1252"),
         **dict.fromkeys(("gb2312", "gbk"), "gb18030"),
         "shift_jis": "cp932",
         "euc_kr": "cp949",
@@ -200,19 +200,29 @@ def _declared_encoding(data: bytes) -> str | None:
         "iso8859-9": "cp1254",
         "iso8859-11": "cp874",
     }
-    return None if name.startswith(("utf-", "unicode")) else larger.get(name, name)
+    try:
+        name = codecs.lookup(declaration[1].decode("ascii", errors="replace")).name
+        if name.startswith(_OF_NO_PAGE):
+            return None
+        return data.decode(larger.get(name, name), errors="replace")
+    except (LookupError, ValueError):  # Python also has codecs that are no encodings of text, such as hex
+        return None
 
 
-def _other_encoding(data: bytes) -> str:
-    """The encoding of a text that is not valid UTF-8.
+def _as_guessed(data: bytes) -> str:
+    """A text that is not valid UTF-8, and does not say what it is.
 
     UTF-8 if little of it is damaged, else Windows-1252; but as that has hardly ever four letters in a row that are not
     ASCII, a text which does is Chinese, Russian and so on, and charset-normalizer guesses its encoding.
     """
-    text = data.decode("utf-8", errors="replace")
+    text = data.decode("utf-8-sig", errors="replace")
     num_damaged = text.count("\ufffd")
     if sum(not character.isascii() for character in text) > 10 * num_damaged:
-        return "utf-8"
+        return text
+    return data.decode(_guessed_encoding(data), errors="replace")
+
+
+def _guessed_encoding(data: bytes) -> str:
     letters = re.search(rb"[\x80-\xff]{4}", data)
     if letters is None:
         return "cp1252"
