@@ -9,13 +9,13 @@ of the data sets.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from recorded_lists import run_parser
 
 from d2llm import Run, Student
 from d2llm.core.manifest import read_manifest
@@ -53,10 +53,7 @@ def compared(variant: Values, base: Values) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure every student, and print a row for each variant."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("run", type=Path)
+    parser = run_parser(__doc__)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     run = Run(given.recipe, given.run, data=str(given.data), device="cpu")

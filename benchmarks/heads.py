@@ -17,7 +17,6 @@ with Kernel Pooling", SIGIR 2017, with tokens that stand still), and the designs
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from recorded_judge import RECORDED
+from recorded_lists import run_parser
 from token_interaction import (
     BOUND,
     DESIGNS,
@@ -311,10 +311,7 @@ def read_parts(run: Run, cache: Path) -> dict[str, Parts]:
 
 def main() -> None:
     """Train and measure every head with every seed, but those that the file has already."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("run", type=Path)
+    parser = run_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

@@ -146,12 +146,18 @@ def _write(folder: Path, name: str, entries: list[PlanEntry]) -> None:
     write_plan(folder, entries, {"dataset": name, "split": "train", "report": {"recorded": True}})
 
 
-def main() -> None:
-    """Make the run folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that name a run: a recipe, the folder of its data sets, and the run's folder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("data", type=Path, help="folder of the data sets")
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, help="folder of the plans and labels")
+    return parser
+
+
+def main() -> None:
+    """Make the run folder."""
+    parser = run_parser(__doc__)
     parser.add_argument("--queries", type=int)
     parser.add_argument("--candidates", type=int)
     parser.add_argument("--easy", type=int, default=0)

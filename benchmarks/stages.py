@@ -8,12 +8,13 @@ is the distillation without the stages before it, which has fewer steps.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from recorded_lists import run_parser
 
 from d2llm import Run
 from d2llm.core.files import write_json
@@ -61,10 +62,7 @@ def stage_rows(sources: Sequence[TrainingSource], recipe: Recipe, folder: Path) 
 
 def main() -> None:
     """Print the rows, and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("data", type=Path, help="folder of the data sets")
-    parser.add_argument("run", type=Path, help="folder with the plans")
+    parser = run_parser(__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     given = parser.parse_args()
     run = Run(given.recipe, given.run, data=str(given.data), **HERE)

@@ -242,7 +242,7 @@ class ServedIndex:
             for path in self.documents
             if fit_folder.is_relative_to(path.resolve())
         ]
-        return ReadingSettings(exclude=[*self.settings.exclude, *(f"/{path.as_posix()}/" for path in inside)])
+        return ReadingSettings(exclude=(*self.settings.exclude, *(f"/{path.as_posix()}/" for path in inside)))
 
     def _note_skipped(self, skipped: Sequence[SkippedFile]) -> None:
         for what, files in skipped_by_kind(skipped):
