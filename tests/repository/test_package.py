@@ -7,6 +7,7 @@ import pydoc
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -124,6 +125,34 @@ def test_every_imported_package_is_a_declared_dependency(repository: Path):
     declared = declared_packages(*requirements)
     imported = {package for path in SOURCE.rglob("*.py") for package in imported_packages(path)}
     assert imported - declared - set(sys.stdlib_module_names) - {"d2llm", "tomllib"} == INDIRECT & imported
+
+
+def required_modules(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Modules that calls of ``require`` name, and the extras that they say have them."""
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+        loops = {
+            loop.target.id: [getattr(element, "value", None) for element in loop.iter.elts]
+            for loop in ast.walk(function)
+            if isinstance(loop, ast.For) and isinstance(loop.target, ast.Name) and isinstance(loop.iter, ast.Tuple)
+        }
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            extras = [option.value for option in call.keywords if option.arg == "extra"]
+            if extras and isinstance(extras[0], ast.Constant) and isinstance(extras[0].value, str) and call.args:
+                module = call.args[0]
+                named = loops.get(module.id, []) if isinstance(module, ast.Name) else [getattr(module, "value", None)]
+                yield from ((name, extras[0].value) for name in named if isinstance(name, str))
+
+
+def test_an_extra_has_what_its_message_says(repository: Path):
+    """A message that says ``pip install 'd2llm[serve]'`` names a package that this installs."""
+    extras = read_toml(repository / "pyproject.toml")["project"]["optional-dependencies"]
+    checked = 0
+    for path in SOURCE.rglob("*.py"):
+        for module, extra in required_modules(ast.parse(path.read_text(encoding="utf-8"))):
+            has = declared_packages(*extras[extra]) | INDIRECT | ({"datasets"} if extra == "mteb" else set())  # mteb's
+            assert module.partition(".")[0] in has, (path, module, extra)
+            checked += 1
+    assert checked > 10
 
 
 def test_tests_import_what_every_python_has(repository: Path):

@@ -45,7 +45,7 @@ def serve(
     """
     from d2llm.core.extras import require
 
-    for module in ("fastapi", "uvicorn", "prometheus_client", "structlog", "limits"):
+    for module in ("fastapi", "uvicorn", "prometheus_client", "structlog"):
         require(module, extra="serve", purpose="a server")
     from d2llm.core.errors import InputError
     from d2llm.core.table import Table
