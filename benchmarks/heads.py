@@ -4,11 +4,14 @@ All begin with the cosine z of the recipe's backbone, which stands still, learn 
 with one loss, and rank the first 50 passages of z again. Targets are half the teacher's distribution over a list and
 half the judgements. Each data set has a head of its own, as a task has a branch.
 
-Of vectors, as students have them: the inner product with two maps (`inner product`), with the IEM of four kinds of
-features, the published head (`paper`, three layers as in its code), weights that the query generates
-(Hypencoder), mean and variance (`multivariate`). Of tokens, compared by the backbone's own states: `maxsim` (one weight
-beside z), `knrm` (a linear function of eleven kernels in place of z; Xiong et al., "End-to-End Neural Ad-hoc Ranking
-with Kernel Pooling", SIGIR 2017, with tokens that stand still), and the designs of `token_interaction.py`.
+Of vectors, as students have them: the inner product with two maps (`inner product`); two of these, of which one learns
+the judgements and one the teacher (`two heads`, after DHO: their scores are mixed, or, as there, their `probabilities`;
+"whole" is half of either, "chosen" the share that is best on dev); with the IEM of four kinds of features, and with
+gates; the published head (`paper`, three layers as in its code); weights that the query generates (Hypencoder); mean
+and variance (`multivariate`). Of tokens, compared by the backbone's own states: `maxsim` (one weight beside z), `knrm`
+(a linear function of eleven kernels in place of z; Xiong et al., "End-to-End Neural Ad-hoc Ranking with Kernel
+Pooling", SIGIR 2017, with tokens that stand still), and the designs of `token_interaction.py`. SPLADE is no head: it
+makes words of a text's states before any other text is seen (`learned_words.py`, on the same lists).
 
     d2llm distill-static DATA/wikiqa/corpus.jsonl.gz --out runs/static --dim 256
     python benchmarks/recorded_lists.py benchmarks/graded_lists/static-interaction.toml DATA RUN --queries 240
@@ -33,6 +36,7 @@ from token_interaction import (
     BOUND,
     DESIGNS,
     FIRST,
+    FRACTIONS,
     MAX_TOKENS,
     Added,
     Lists,
@@ -142,6 +146,54 @@ class Whole(Added):
         return self.design(lists)
 
 
+class TwoHeads(Whole):
+    """Two inner products, one of which learns the judgements and one the teacher; the score is a share of either.
+
+    With ``probabilities``, their distributions over a list are mixed, as in the paper, in place of their scores.
+    """
+
+    def __init__(self, dim: int, task: Task, *, probabilities: bool = False) -> None:
+        of_vectors = OfVectors(dim, task, {"tasks": []})
+        of_vectors.head.split_heads()
+        super().__init__(of_vectors)
+        self.interaction, self.probabilities = of_vectors.head, probabilities
+
+    def of_head(self, lists: Lists, share: float) -> Tensor:
+        """The scores of a mixture of the two inner products, which is one inner product again."""
+        self.interaction.label_weight = share
+        return self.design(lists)
+
+    def log_distribution(self, lists: Lists, share: float) -> Tensor:
+        """Logarithms of the probabilities of a list's passages by such a mixture."""
+        scores = self.log_scale.exp() * self.of_head(lists, share)
+        return scores.masked_fill(~lists.mask, -1e9).log_softmax(dim=1)
+
+    def scores_of(self, lists: Lists, share: float) -> Tensor:
+        """The scores with this share of the head that learns the judgements."""
+        if not self.probabilities:
+            return self.of_head(lists, share)
+        judged, taught = (self.log_distribution(lists, whose).exp() for whose in (1.0, 0.0))
+        return (share * judged + (1 - share) * taught).clamp(min=1e-30).log()
+
+    def forward(self, lists: Lists) -> Tensor:
+        return self.scores_of(lists, 0.5)
+
+    def loss(self, lists: Lists, *, pairwise: bool = False) -> Tensor:
+        """The cross-entropies of the two, added; ``targets`` are half of either."""
+        assert not pairwise
+        relevant = (lists.gains > 0) & lists.mask
+        judged = relevant / relevant.sum(dim=1, keepdim=True)
+        taught = (2 * lists.targets.exp() - judged).clamp(min=0)
+        logs = [self.log_distribution(lists, share) for share in (1.0, 0.0)]
+        return -(judged * logs[0] + taught * logs[1]).sum(dim=1).mean()
+
+    def changes(self, lists: Lists) -> dict[float, NDArray[np.float64]]:
+        """What it changes in nDCG@10 of each list, by the share."""
+        before = ndcg(lists.scores[:, :, 0], lists)
+        with torch.inference_mode():
+            return {share: ndcg(self.scores_of(lists, share), lists) - before for share in FRACTIONS}
+
+
 Make = Callable[[int, Task], Added]
 """Makes an untrained head for vectors of a width and a task."""
 
@@ -162,6 +214,9 @@ HEADS: dict[str, tuple[Make, float]] = {
     "IEM, product": (of_vectors(features="product"), 3e-4),
     "IEM, difference": (of_vectors(features="difference"), 3e-4),
     "IEM, concat": (of_vectors(features="concat"), 3e-4),
+    "IEM, rich, gates": (of_vectors(gates=True), 3e-4),
+    "two heads": (TwoHeads, 3e-4),
+    "two heads, probabilities": (partial(TwoHeads, probabilities=True), 3e-4),
     "maxsim": (beside(lambda _: MaxSim()), 2e-3),
     "knrm": (lambda _, __: Whole(KNRM()), 2e-2),
     **{f"tokens, {name}": (beside(DESIGNS[name]), 2e-3) for name in ("tokens", "kernels", "transformer", "generated")},
@@ -279,10 +334,11 @@ def measure(head: str, lists: Mapping[str, Parts], seed: int) -> dict[str, dict[
         how = Training(taught, seed, epochs=10, rate=rate)
         model, epoch = train(partial(make, taught.queries.shape[1], task), how)
         before = float(ndcg(dev.scores[:, :, 0], dev).mean())
-        by_fraction = {fraction: float(each.mean()) for fraction, each in changes(model, dev).items()}
+        changed = model.changes(dev) if isinstance(model, TwoHeads) else changes(model, dev)
+        by_fraction = {fraction: float(each.mean()) for fraction, each in changed.items()}
         best = max(by_fraction, key=lambda fraction: (by_fraction[fraction], -fraction))
         found[name] = {
-            "whole": before + by_fraction[1.0],
+            "whole": before + by_fraction[0.5 if isinstance(model, TwoHeads) else 1.0],
             "chosen": before + by_fraction[best],
             "fraction": best,
             "epoch": epoch,

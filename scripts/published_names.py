@@ -175,7 +175,8 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
 
 MISSING: Mapping[str, str] = {
     "BTR's reader": "binary states of tokens for a language model that reads passages, of which none here keeps states",
-    "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
+    "FSDP": "7 billion weights with adapters take 27 to 36 GiB, measured on one GPU ([scale.md](scale.md)); over two, "
+    "`torchrun` spreads the texts",
     "Contextual document embeddings: the second stage": "measured, and worse: squad-sent .817 -> .753, wikiqa .802 -> "
     ".788 with the vectors of 16 passages before every text (`benchmarks/trained_context.py`)",
     "Dewey": "trains long windows; the shipped encoders read at most 512 tokens",

@@ -113,7 +113,7 @@ COMMANDS = {
     "demo --out tiny.toml": "tiny.toml: is a file, but the demo keeps",
     # recipes
     "run {root}/data": "cannot be read (Is a directory)",
-    "run d2lm": "one of the shipped recipes: ",
+    "run d2llm-smal": "; did you mean 'd2llm-small'?",
     "recipe check d2llm wrong/key.toml": "key.toml: unknown key",
     "run wrong/elsewhere.toml": "Give each with --data gone=FOLDER",
     "mine tiny.toml --out data/corpus.jsonl": "'--out'",

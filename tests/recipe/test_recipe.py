@@ -349,6 +349,7 @@ def test_a_teacher_name_may_have_a_kind_prefix(text: str, kind: str, model: str)
             "teacher.quantization is 4bit, and quantised weights cannot be trained",
         ),
         ('[teacher_tuning]\ntuning = "full"\nquantization = "4bit"', "quantised weights cannot be trained: set tuning"),
+        ("[teacher_tuning]\npair_weight = 0", "pair_weight is that of pairs beside lists: set loss"),
     ],
 )
 def test_settings_for_large_teachers_that_make_no_sense(tmp_path: Path, text: str, problem: str):
@@ -431,6 +432,46 @@ def test_layers_may_be_a_number_or_a_list(tmp_path: Path):
 def test_an_unknown_loss_suggests_the_nearest(tmp_path: Path):
     with pytest.raises(RecipeError, match="margin_mse"):
         load_recipe(write_recipe(tmp_path, "[losses]\nmargin_mes = 1.0"))
+
+
+@pytest.mark.parametrize("loss", ["feature_imitation", "subclass_imitation"])
+def test_a_teacher_without_features_is_refused_where_they_are_imitated(loss: str) -> None:
+    endpoint = {"remote": {"url": "http://127.0.0.1:1/v1"}}
+    several = [{"kind": "likelihood"}, {"kind": "graded", **endpoint}]
+    for teacher in (
+        *({"kind": kind, **endpoint} for kind in ("remote", "graded", "listwise")),
+        *({"kind": kind} for kind in ("vllm", "likelihood", "cosine")),
+        {"kind": "fused", "teachers": several},
+    ):
+        kind = teacher["kind"]
+        problem = error_of({"teacher": teacher, "losses": {loss: 1.0}})
+        assert f"losses.{loss} imitates a teacher's features, and one of kind {kind} has none: set losses" in problem
+    for teacher in (
+        *({"kind": kind} for kind in ("auto", "causal", "seq2seq", "classifier", "ensemble")),
+        {"kind": "fused", "teachers": [*several, {"kind": "causal"}]},
+    ):
+        assert parse_recipe({"teacher": teacher, "losses": {loss: 1.0}}).losses.weight(loss) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "least"),
+    [
+        ("mixed_negatives", 2),
+        ("passage_contrast", 1),
+        ("rank_imitation_positive_hard", 1),
+        ("rank_imitation_hard_easy", 1),
+    ],
+)
+def test_a_loss_of_hard_negatives_needs_some(loss: str, least: int) -> None:
+    values = {"losses": {loss: 1.0}, "training": {"num_hard": least - 1}}
+    problem = f"losses.{loss} compares hard negatives, and training.num_hard is {least - 1}: set it to {least} or more"
+    assert problem in error_of(values)
+    parse_recipe({"losses": {loss: 1.0}, "training": {"num_hard": least}})
+
+
+@pytest.mark.parametrize("losses", [{}, {"list_imitation": 0.0}])
+def test_a_recipe_without_a_loss_is_refused(losses: dict[str, float]) -> None:
+    assert "so nothing would be trained: name one" in error_of({"losses": losses})
 
 
 def test_a_live_teacher_needs_no_labels():

@@ -83,6 +83,8 @@ class Loss(Registered, Section):
     """Whether only the vectors learn from it, so that it is left out of the second stage, which keeps them."""
     of_products: ClassVar[bool] = False
     """Whether it compares vectors by inner products, which some heads do not have (``LossInput.for_products``)."""
+    least_hard: ClassVar[int] = 0
+    """Of how many hard negatives of a query it is made at least."""
     not_shaping: ClassVar[frozenset[str]] = frozenset()
     """Settings that do not change the student, because what they lead to is compared instead (``prepare``)."""
 
@@ -100,6 +102,11 @@ class Loss(Registered, Section):
 
     def check(self, recipe: Recipe) -> None:
         """Check that the rest of the recipe fits; raises a ``ValueError`` that says what to change."""
+        if (drawn := recipe.training.num_hard) < self.least_hard:
+            raise ValueError(
+                f"losses.{self.kind} compares hard negatives, and training.num_hard is {drawn}: set it to "
+                f"{self.least_hard} or more, or delete {self.kind}"
+            )
         if self.of_products and recipe.student.interaction.head == "paper":
             raise ValueError(
                 f"losses.{self.kind} needs inner products, which the head 'paper' does not have: set "

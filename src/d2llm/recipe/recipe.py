@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.inputs import path_of
+from d2llm.core.names import did_you_mean
 from d2llm.core.problems import describe_errors
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.toml import parse_toml, read_toml
@@ -159,6 +160,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_losses(self) -> Recipe:
+        if not self.losses.root:
+            raise ValueError(
+                "losses has none with a weight above 0, so nothing would be trained: name one, or delete it"
+            )
         for loss in self.losses.root.values():
             loss.check(self)
         return self
@@ -261,6 +266,7 @@ def _find_recipe(path_or_name: str | Path) -> Path:
     if path.name not in shipped:
         raise RecipeError(
             f"no recipe '{path}': give the path of a TOML file, or one of the shipped recipes: {', '.join(shipped)}"
+            f"{did_you_mean(path.name, shipped)}"
         )
     return shipped[path.name]
 

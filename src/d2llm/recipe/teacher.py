@@ -88,6 +88,17 @@ class TeacherConfig(SectionOfKind):
                 "labelling.max_cost needs prices: set teacher.remote.price_per_million_prompt_tokens and "
                 "price_per_million_written_tokens, or give the limit as max_tokens"
             )
+        imitated = [kind for kind, loss in recipe.losses.root.items() if "features" in loss.learns_from]
+        if imitated and recipe.student.interaction.has_network and not self.may_have_features:
+            raise ValueError(
+                f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.kind} has none: set "
+                f"{' and '.join(f'losses.{name} = 0' for name in imitated)}"
+            )
+
+    @property
+    def may_have_features(self) -> bool:
+        """Whether it may give features of pairs, which some losses imitate."""
+        return True
 
     @property
     def members(self) -> Sequence[TeacherConfig]:
@@ -154,6 +165,11 @@ class _ShippedTeacher(TeacherConfig):
         return self._teacher_class.identify(self)
 
     @property
+    def may_have_features(self) -> bool:
+        """Only where this process reads the model's states."""
+        return False
+
+    @property
     def _teacher_class(self) -> Any:
         module, _, name = self.teacher_class.partition(":")
         return getattr(import_module(f"d2llm.models.teachers.{module}"), name)
@@ -185,6 +201,11 @@ class LocalTeacherConfig(_ShippedTeacher):
     quantization: Quantization = "none"
     """Store the weights of its linear layers in 8 bits (LLM.int8) or 4 bits (NF4), by bitsandbytes. Its log-odds differ
     from those of the full weights, so it is another teacher, with labels of its own."""
+
+    @property
+    def may_have_features(self) -> bool:
+        """The state that the score is made of, unless the folder is that of another kind."""
+        return True
 
     def identify(self) -> TeacherIdentity:
         """Without importing the model's code."""
@@ -367,16 +388,6 @@ class ListTeacherConfig(_ShippedTeacher):
     prompt: str = "standard"
     """Name of a prompt set shipped with d2llm, or the path of a TOML file."""
 
-    def check(self, recipe: Recipe) -> None:
-        """It has no features to imitate."""
-        imitated = [kind for kind, loss in recipe.losses.root.items() if "features" in loss.learns_from]
-        if imitated and recipe.student.interaction.has_network:
-            raise ValueError(
-                f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.kind} answers in "
-                f"words alone: set {' and '.join(f'losses.{name} = 0' for name in imitated)}"
-            )
-        super().check(recipe)
-
 
 class RecordedConfig(Section):
     """Recorded grades, which a graded teacher repeats instead of asking its endpoint (docs/remote-teacher.md)."""
@@ -467,6 +478,11 @@ class EnsembleTeacherConfig(_ShippedTeacher, kind="ensemble"):
     teacher_class = "ensemble:EnsembleTeacher"
 
     @property
+    def may_have_features(self) -> bool:
+        """Those of its first member that has any."""
+        return True
+
+    @property
     def members(self) -> Sequence[TeacherConfig]:
         """The teachers of the ensemble in the folder ``model``, and of ensembles among them."""
         ensemble: Sequence[TeacherConfig] = import_module("d2llm.models.teachers.ensemble").ensemble_members(self)
@@ -488,6 +504,11 @@ class FusedTeacherConfig(_ShippedTeacher, kind="fused"):
     """Its name in messages."""
     teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
     """Those that rank, as in ``[teacher]``: Gecko's are one of kind ``likelihood`` and one that judges relevance."""
+
+    @property
+    def may_have_features(self) -> bool:
+        """Those of its first member that has any."""
+        return any(teacher.may_have_features for teacher in self.teachers)
 
     @property
     def members(self) -> Sequence[TeacherConfig]:

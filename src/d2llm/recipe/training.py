@@ -376,6 +376,12 @@ class TeacherTuningConfig(LanguageModelTuning):
         return self
 
     @model_validator(mode="after")
+    def _check_pair_weight(self) -> TeacherTuningConfig:
+        if self.loss == "pairs" and self.pair_weight != TeacherTuningConfig.model_fields["pair_weight"].default:
+            raise ValueError('pair_weight is that of pairs beside lists: set loss = "lists", or delete pair_weight')
+        return self
+
+    @model_validator(mode="after")
     def _check_targets(self) -> TeacherTuningConfig:
         given = [name for name in ("students", "labels") if getattr(self, name)]
         if len(given) > 1:

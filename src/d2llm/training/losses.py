@@ -336,6 +336,7 @@ class RankImitationPositiveHard(Loss, kind="rank_imitation_positive_hard"):
         "left out -.015 ±.005 on squad-sent and banking77, -.018 ±.012 on wikiqa and quora (three seeds; "
         "[ablations](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-student))"
     )
+    least_hard: ClassVar[int] = 1
 
     def __call__(self, inputs: LossInput) -> Tensor:
         mask = inputs.positive | inputs.hard
@@ -351,6 +352,7 @@ class RankImitationHardEasy(Loss, kind="rank_imitation_hard_easy"):
         "left out +.000 ±.002 on squad-sent and banking77, -.000 ±.003 on wikiqa and quora (three seeds; "
         "[ablations](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-student))"
     )
+    least_hard: ClassVar[int] = 1
 
     def __call__(self, inputs: LossInput) -> Tensor:
         return losses.rank_imitation_hard_easy(inputs.imitating, inputs.probabilities, inputs.hard, inputs.easy)

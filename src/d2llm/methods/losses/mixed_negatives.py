@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2llm.ops.losses import in_batch_cross_entropy
-from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
@@ -28,14 +27,10 @@ class MixedNegatives(Loss, kind="mixed_negatives"):
     )
     of_vectors: ClassVar[bool] = True
     of_products: ClassVar[bool] = True
+    least_hard: ClassVar[int] = 2
 
     num_mixed: int = Field(default=4, ge=1)
     """Mixtures a query, of pairs of its hard negatives and at random weights."""
-
-    def check(self, recipe: Recipe) -> None:
-        super().check(recipe)
-        if recipe.training.num_hard < 2:
-            raise ValueError("losses.mixed_negatives mixes two hard negatives: set training.num_hard to 2 or more")
 
     def __call__(self, inputs: LossInput) -> Tensor | None:
         if inputs.vectors is None:

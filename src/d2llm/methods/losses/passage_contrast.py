@@ -27,6 +27,7 @@ class PassageContrast(Loss, kind="passage_contrast"):
     )
     of_vectors: ClassVar[bool] = True
     of_products: ClassVar[bool] = True
+    least_hard: ClassVar[int] = 1
 
     weight: float = Field(default=0.1, ge=0)
     """.1 in PAIR, beside .9 for the query's side."""
