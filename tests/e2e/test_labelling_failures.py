@@ -7,6 +7,7 @@ Whatever ends a call, its labels are kept, and the same command asks only for wh
 from __future__ import annotations
 
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from d2llm.recipe.recipe import load_recipe
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report
 from list_endpoint import KINDS, counts_words, grade, judged_lists, recipe_with_teacher, shared_words
 from local_endpoint import LocalEndpoint, Reply, Request, chat, local_endpoint
+from prepared_process import PreparedProcess, script
 from waiting import PATIENCE, until
 
 LEAVES_AFTER = 5
@@ -215,6 +217,63 @@ def test_ctrl_c_keeps_what_was_answered(labelling: Labelling, monkeypatch: pytes
         released.set()
         first = answered_pairs(endpoint.requests[: 1 + LEAVES_AFTER])
         assert labelling.labels().num_pairs == len(first)
+
+
+SLOW_TEACHER = """
+import sys, time
+from pathlib import Path
+from d2llm.data.labels import LabelStore
+from d2llm.models.teachers import causal, local
+from d2llm.__main__ import main
+
+causal._PREFIX_TOKENS, local._BATCH_PAIRS = 64, 4  # a few queries at a time, in small batches
+put, write, events = local.Answers.put, LabelStore.write, Path(sys.argv.pop())
+
+def note(event):
+    with events.open("a") as file:
+        file.write(event + " ")
+
+def put_slowly(self, *scores):
+    put(self, *scores)
+    note("scored")
+    time.sleep(0.2)
+
+def write_slowly(self, labels, **options):
+    note("writes")
+    time.sleep(0.5)
+    write(self, labels, **options)
+
+local.Answers.put, LabelStore.write = put_slowly, write_slowly
+main()
+"""
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_keeps_what_a_local_teacher_has_scored(labelling: Labelling, presses: int) -> None:
+    """In a process of its own; the second Ctrl-C comes while the labels are written."""
+    recipe, events = labelling.folder / "recipe.toml", labelling.folder / "events"
+    model = f'model = "{labelling.recipe.parent / "decoder"}"\nprompt = "short"\nmax_tokens = 200'
+    recipe.write_text(recipe_with_teacher(labelling.recipe, model))
+    command = [*map(str, labelling.command), "--dtype", "float32"]
+
+    def count(event: str) -> int:
+        return events.read_text().split().count(event) if events.exists() else 0
+
+    with PreparedProcess(script, SLOW_TEACHER, *command, str(events)) as process:
+        process.until(lambda: count("scored") >= 8, "eight batches")
+        process.send(signal.SIGINT)
+        if presses == 2:
+            process.until(lambda: count("writes"), "the labels")
+            process.send(signal.SIGINT)
+        assert process.wait() == 130
+        said = process.errors.replace("\r", "\n")
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "stopped: run the same command again to continue; finished parts are kept"
+    kept = labelling.labels().num_pairs
+    assert 0 < kept < labelling.num_pairs
+    result = succeed_with_report(*command, folder=labelling.folder)[1]["result"]
+    assert (result["finished_pairs"], result["pairs"]) == (kept, labelling.num_pairs - kept)
+    assert labelling.labels().num_duplicates == 0
 
 
 # --- slow

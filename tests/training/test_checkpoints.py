@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from d2llm.training.checkpoints import (
     LOG,
     BestState,
     RunLog,
-    StopSignals,
     learning_rate_factor,
     optimizer_step,
     warmup_steps,
@@ -39,35 +36,6 @@ def test_warm_up_is_a_share_of_the_steps_unless_given_in_steps(caplog):
     # The published number of steps in a run of 20: the rate would only reach a fiftieth of its value.
     assert warmup_steps(TrainingConfig(warmup_steps=1000), 20) == 1000
     assert "the warm-up takes 20 of 20 steps, so the run hardly trains" in caplog.text
-
-
-class TestStopSignals:
-    def test_an_error_in_a_held_block_leaves_it_inconsistent(self):
-        with pytest.raises(ZeroDivisionError), StopSignals() as signals, signals.held():
-            _ = 1 / 0
-        assert not signals.is_consistent
-
-    def test_handlers_of_other_code_are_left_alone(self):
-        calls = []
-        before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
-        try:
-            with StopSignals():
-                signal.raise_signal(signal.SIGTERM)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        assert calls == [signal.SIGTERM]
-
-    def test_other_threads_install_no_handlers(self):
-        handlers = []
-
-        def work():
-            with StopSignals() as signals, signals.held():
-                handlers.append(signal.getsignal(signal.SIGTERM))
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_optimizer_step_matches_hand_calculation():

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float32
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import Bar, progress_bar
+from d2llm.core.stop_signals import StopSignals
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.remote.endpoint import Limits
@@ -251,7 +252,8 @@ def label_pairs(
                 if scored.error is not None:
                     raise scored.error
         finally:
-            writer.write()
+            with StopSignals() as signals, signals.held():
+                writer.write()
 
 
 def gram_matrix(features: Float32[np.ndarray, "m dim"]) -> Float32[np.ndarray, "m m"]:

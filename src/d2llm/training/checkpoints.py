@@ -1,4 +1,4 @@
-"""Checkpoints, and what else every training loop needs: best state, stop signals, optimiser, learning rate, log."""
+"""Checkpoints, and what else every training loop needs: best state, optimiser, learning rate, log."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import importlib.util
 import json
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
+from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.extras import require
 from d2llm.core.files import write_bytes
 from d2llm.core.json_values import parse_json
@@ -145,60 +142,6 @@ class BestState:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state``; dev evaluations after its checkpoint are repeated, with the same results."""
         self.step, self.value, self.evals_since_best = state["step"], state["value"], state["evals_since_best"]
-
-
-class StopSignals:
-    """Lets Ctrl-C and SIGTERM stop a training loop at once, but not in the middle of a change of its state.
-
-    Inside the block both raise ``KeyboardInterrupt`` (SIGTERM its subclass ``Terminated``), so that the loop can write
-    a checkpoint; a ``held`` block is finished first. Another one is ignored until the end of the block, because it
-    would keep the checkpoint from being written. Signal handlers that the caller has installed are left alone, and
-    outside the main thread nothing is done.
-    """
-
-    def __init__(self) -> None:
-        self.is_consistent = True
-        """Whether the state is between two changes; False during a change, and after an error in one."""
-        self._pending: int | None = None
-        self._is_stopping = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        self._is_stopping = False
-        if threading.current_thread() is threading.main_thread():
-            for signal_number, default in (
-                (signal.SIGINT, signal.default_int_handler),
-                (signal.SIGTERM, signal.SIG_DFL),
-            ):
-                if signal.getsignal(signal_number) == default:
-                    self._before[signal_number] = signal.signal(signal_number, self._stop)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for signal_number, handler in self._before.items():
-            signal.signal(signal_number, handler)
-
-    @contextmanager
-    def held(self) -> Generator[None]:
-        """Delay a stop until the block is finished."""
-        self.is_consistent = False
-        yield
-        self.is_consistent = True
-        if self._pending is not None:
-            signal_number, self._pending = self._pending, None
-            self._raise(signal_number)
-
-    def _stop(self, signal_number: int, frame: object) -> None:
-        del frame
-        if self._is_stopping:
-            return
-        if self.is_consistent:
-            self._raise(signal_number)
-        self._pending = signal_number
-
-    def _raise(self, signal_number: int) -> None:
-        self._is_stopping = True
-        raise Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt
 
 
 def epochs_of(training: TrainingConfig, steps_of_an_epoch: int) -> int:

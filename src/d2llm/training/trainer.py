@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.progress import Bar, progress_bar, remarks
+from d2llm.core.stop_signals import StopSignals
 from d2llm.core.time_limit import seconds_left
 from d2llm.recipe import Recipe
 from d2llm.training.checkpoints import (
     CHECKPOINT,
     BestState,
     RunLog,
-    StopSignals,
     Tracker,
     adamw,
     diverged,

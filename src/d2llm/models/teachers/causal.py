@@ -26,7 +26,7 @@ from d2llm.core.progress import Advance
 from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.teachers.local import Answers, LocalTeacher
-from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
+from d2llm.models.teachers.pair_teacher import TextPair
 from d2llm.models.teachers.questions import Question, Questions
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import last_positions, to_right_padding
@@ -169,23 +169,16 @@ class CausalTeacher(LocalTeacher):
         rows = torch.arange(len(states), device=states.device)
         return self._answer(states[rows, last_positions(mask)], task)
 
-    def score_pairs(
-        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
-    ) -> TeacherScores:
-        """Score pairs, in batches of similar length; arguments and result as for ``PairTeacher.score_pairs``.
-
-        Pairs of the same query share the work of reading it, so pass them in one call.
-        """
-        inputs, num_truncated = self._questions.inputs(pairs, task)
-        answers = Answers(len(pairs), self.dim if with_features else None)
+    def _score(self, pairs: Sequence[TextPair], task: Task, answers: Answers, advance: Advance | None) -> None:
+        """Pairs of the same query share the work of reading it."""
+        inputs, answers.num_truncated = self._questions.inputs(pairs, task)
+        answers.num_tokens = sum(len(prefix) + len(suffix) for prefix, suffix in inputs)
         groups = self._sharing(inputs)
         for prefixes, indices in groups:
             self._score_shared(prefixes, indices, inputs, task, answers, advance)
         shared = {index for _, indices in groups for index in indices}
         unshared = [index for index in range(len(inputs)) if index not in shared]
         self._score_whole([[*prefix, *suffix] for prefix, suffix in inputs], unshared, task, answers, advance)
-        num_tokens = sum(len(prefix) + len(suffix) for prefix, suffix in inputs)
-        return TeacherScores(answers.log_odds, answers.features, num_truncated, num_tokens)
 
     def why_not_shared(self) -> str:
         """Why this architecture cannot share the work of reading a query; empty if it can."""

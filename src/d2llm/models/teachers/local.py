@@ -61,7 +61,7 @@ from d2llm.models.teachers.identity import (
     require_same_base,
     with_quantization,
 )
-from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
+from d2llm.models.teachers.pair_teacher import PartialScores, TeacherScores, TextPair
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.recipe import LocalTeacherConfig, LoraConfig, Quantization, TeacherIdentity
 
@@ -73,6 +73,8 @@ class Answers:
     """The scores of n pairs, filled in batch by batch."""
 
     def __init__(self, num_pairs: int, dim: int | None) -> None:
+        self.num_truncated = self.num_tokens = 0
+        self.is_scored = np.zeros(num_pairs, np.bool_)
         self.log_odds: NDArray[np.float32] = np.empty(num_pairs, dtype=np.float32)
         self.features: NDArray[np.float32] | None = (
             None if dim is None else np.empty((num_pairs, dim), dtype=np.float32)
@@ -85,6 +87,7 @@ class Answers:
         self.log_odds[pairs] = log_odds.cpu().numpy()
         if self.features is not None and features is not None:
             self.features[pairs] = features.cpu().numpy()
+        self.is_scored[pairs] = True
 
 
 class LocalTeacher(nn.Module):
@@ -188,11 +191,19 @@ class LocalTeacher(nn.Module):
         self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs, in batches of similar length; arguments and result as for ``PairTeacher.score_pairs``."""
-        inputs, num_truncated = self.tokenize(pairs, task)
-        answers = Answers(len(pairs), self.dim if with_features else None)
-        self._score_whole(inputs, range(len(inputs)), task, answers, advance)
-        num_tokens = sum(map(len, inputs))
-        return TeacherScores(answers.log_odds, answers.features, num_truncated, num_tokens)
+        return self.score_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
+
+    def score_until_error(
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
+    ) -> PartialScores:
+        """Score pairs; Ctrl-C does not lose the batches before it (``InterruptibleTeacher``)."""
+        answers, interruption = Answers(len(pairs), self.dim if with_features else None), None
+        try:
+            self._score(pairs, task, answers, advance)
+        except KeyboardInterrupt as error:
+            interruption = error
+        scores = TeacherScores(answers.log_odds, answers.features, answers.num_truncated, answers.num_tokens)
+        return PartialScores(scores, answers.is_scored, interruption)
 
     def prepare_training(
         self,
@@ -271,6 +282,12 @@ class LocalTeacher(nn.Module):
     def _scoring_part(self, whole: Any) -> nn.Module:
         """The part of the model that adapters go into."""
         return cast(nn.Module, whole)
+
+    def _score(self, pairs: Sequence[TextPair], task: Task, answers: Answers, advance: Advance | None) -> None:
+        """Fill in the answers."""
+        inputs, answers.num_truncated = self.tokenize(pairs, task)
+        answers.num_tokens = sum(map(len, inputs))
+        self._score_whole(inputs, range(len(inputs)), task, answers, advance)
 
     def _score_whole(
         self, inputs: Sequence[Any], indices: Sequence[int], task: Task, answers: Answers, advance: Advance | None

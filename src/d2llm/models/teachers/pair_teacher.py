@@ -106,7 +106,7 @@ class IdentifiedTeacher:
 
 @runtime_checkable
 class InterruptibleTeacher(PairTeacher, Protocol):
-    """A teacher whose answers cost money, or come from afar: an error must not lose those that came before it.
+    """A teacher whose answers cost time or money: an error, or Ctrl-C, must not lose those that came before it.
 
     A class that inherits from it has ``score_pairs`` by its ``score_until_error``.
     """
