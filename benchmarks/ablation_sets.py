@@ -21,9 +21,10 @@ from d2llm import Run, Student
 from d2llm.core.manifest import read_manifest
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
-from d2llm.training.ablate import DEV_QUERIES, MEASURING_SEED
+from d2llm.training.ablate import MEASURING_SEED
 from d2llm.training.ablation_report import BASE
 from d2llm.training.dev_sets import DevSet, evaluate_dev, make_dev_set
+from d2llm.training.settings import DEV_QUERIES
 
 Values = dict[str, NDArray[np.float64]]
 """Data set -> the value of each dev query."""

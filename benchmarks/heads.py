@@ -64,8 +64,9 @@ from d2llm.ops.bm25_words import terms, tokens_of_terms
 from d2llm.recipe import InteractionConfig, untuned_config
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.word_segment import WordSegment
-from d2llm.training.ablate import DEV_QUERIES, MEASURING_SEED
+from d2llm.training.ablate import MEASURING_SEED
 from d2llm.training.dev_sets import make_dev_set
+from d2llm.training.settings import DEV_QUERIES
 
 Row = tuple[str, str, list[str]]
 """A query's id and text, and the ids of the passages of its list."""

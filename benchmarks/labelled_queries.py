@@ -32,9 +32,10 @@ from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
 from d2llm.recipe import LabellingConfig, Recipe
 from d2llm.recipe.variants import find_variant
-from d2llm.training.ablate import DEV_QUERIES, ablate, only_queries
+from d2llm.training.ablate import ablate, only_queries
 from d2llm.training.ablation_report import BASE
 from d2llm.training.label import disagreements, mistakes, robust_sample
+from d2llm.training.settings import DEV_QUERIES
 
 WAYS = ("random", "disagreement", "mistakes", "robust", "all")
 

@@ -28,8 +28,9 @@ from d2llm.data.run_folder import training_source
 from d2llm.models.writers.answers import split_task
 from d2llm.recipe import DataConfig
 from d2llm.recipe.recipe import load_recipe
-from d2llm.training.ablate import DEV_QUERIES, MEASURING_SEED
+from d2llm.training.ablate import MEASURING_SEED
 from d2llm.training.dev_sets import evaluate_dev, make_dev_set
+from d2llm.training.settings import DEV_QUERIES
 
 RECIPE = Path(__file__).parent / "graded_lists" / "tasks.toml"
 DEV_TASK = "task: Given a question, find a sentence that answers it | query: "

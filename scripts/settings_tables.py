@@ -38,6 +38,7 @@ from d2llm.server.schemas import SearchRequest, sent_fields
 from d2llm.server.settings import LoadedSettings, ServeSettings
 from d2llm.sizing.plan import SizePlan
 from d2llm.store.index_spec import IndexSpec
+from d2llm.training.settings import AblationSettings
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("names.md", "how-to/serve.md", "how-to/operate.md", "settings.md", "recipe-settings.md")
@@ -152,6 +153,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "similar": partial(class_list, SimilaritySettings, ClassifySettings),
     "fit": partial(class_list, FitSettings),
     "evaluate": partial(class_list, EvaluationSettings),
+    "ablate": partial(class_list, AblationSettings),
     "size": partial(class_list, SizePlan),
 }
 

@@ -396,7 +396,7 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda _: "a",
         lambda w, v: w.reader.step_logits(v, np.eye(3, 6, dtype=np.float32)[None], [[0, 1]]),
     ),
-    "Run.ablate.variants": (lambda _: "gone", lambda w, v: w.run().ablate(v)),
+    "Run.ablate.variants": (lambda _: "gone", lambda w, v: w.run().ablate(variants=v)),
     "Run.alternate.beside": (lambda _: "gone", lambda w, v: w.run().alternate(beside=v)),
     "Run.data": (lambda w: f"data={w.data}", lambda w, v: Run(w.run().recipe, w.root / "run", data=v).recipe.data),
     "Run.filter.closed": (lambda _: "data", lambda w, v: w.run().filter(v)),

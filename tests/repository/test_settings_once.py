@@ -36,6 +36,7 @@ from d2llm.server.schemas import ContextRequest, SearchRequest
 from d2llm.server.settings import ServeSettings
 from d2llm.sizing.plan import SizePlan
 from d2llm.store.index_spec import IndexSpec
+from d2llm.training.settings import AblationSettings
 from repository_scripts import load_script
 
 SHOWN = {
@@ -66,6 +67,7 @@ VERBS: list[tuple[str, type[Settings]]] = [
     ),
     ("fit", FitSettings),
     ("evaluate", EvaluationSettings),
+    ("ablate", AblationSettings),
     ("size", SizePlan),
     ("duplicates", SimilaritySettings),
     ("cluster", SimilaritySettings),
@@ -201,6 +203,7 @@ def test_settings_for_python_only_are_in_no_request_and_no_option():
         (Index.create, IndexSpec),
         (d2llm.encode, IndexSpec),
         (d2llm.fit, FitSettings),
+        (d2llm.Run.ablate, AblationSettings),
         (d2llm.find_documents, ReadingSettings),
         (d2llm.sync_documents, ReadingSettings),
         (SizePlan, SizePlan),

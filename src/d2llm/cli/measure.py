@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from d2llm.cli.index_options import warn_of_skipped
 from d2llm.cli.options import (
+    MARKDOWN_HELP,
     DeviceOption,
     DtypeOption,
     HtmlOption,
@@ -24,11 +25,11 @@ from d2llm.cli.options import (
     TaskOption,
     in_existing_folder,
     input_path,
-    output_file,
     output_path,
     recipe_argument,
     teacher_config,
     teacher_option,
+    written_option,
 )
 from d2llm.cli.session import Session, session_of
 from d2llm.cli.verbs import verb, verb_group
@@ -36,6 +37,7 @@ from d2llm.core.document import Document, Note, Section
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.evaluation.settings import EvaluationSettings
+from d2llm.training.settings import AblationSettings
 
 if TYPE_CHECKING:
     from d2llm.data.check import DataReport
@@ -119,19 +121,8 @@ class SystemOptions:
 class ReportOptions:
     """Options that say where the report is written, besides the terminal."""
 
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            dir_okay=False,
-            callback=output_file,
-            help="Write an HTML page with plots and texts.",
-        ),
-    ] = None
-    markdown: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", dir_okay=False, callback=output_file, help="Write the tables as Markdown."),
-    ] = None
+    html: HtmlOption = None
+    markdown: MarkdownOption = None
     save_runs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write every ranking as a TREC run.")] = None
 
     def write(self, session: Session, report: EvaluationReport) -> None:
@@ -369,37 +360,18 @@ def probe(
 def ablate(
     context: typer.Context,
     options: RunOptions,
+    *,
     recipe: Annotated[str | None, recipe_argument] = None,
+    settings: Annotated[dict[str, Any], AblationSettings],
     variants: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="Variants to train beside the recipe.", show_default="all")
+        str | None, typer.Option(metavar="A,B,C", help=AblationSettings.model_fields["variants"].description)
     ] = None,
     list_variants: Annotated[bool, typer.Option("--list", help="List the variants and exit.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, for intervals.")] = 3,
-    max_queries: Annotated[
-        int | None, typer.Option(min=1, help="Train on a random sample of each plan.", show_default="all")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run.", show_default="the recipe's")] = None,
-    halving: Annotated[
-        bool,
-        typer.Option("--halving", help="Train the better half again with twice the epochs, until one is left."),
-    ] = False,
-    budget_minutes: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Start no run after this many minutes; the same command continues later. 0 shows the results so far.",
-            show_default="no limit",
-        ),
-    ] = None,
     markdown_path: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="PATH", dir_okay=False, callback=output_path, help="Also write Markdown."),
+        Path | None, written_option("--markdown", callback=output_path, help=MARKDOWN_HELP)
     ] = None,
     html_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--html", metavar="PATH", dir_okay=False, callback=output_path, help="Also write one HTML page with a plot."
-        ),
+        Path | None, written_option("--html", callback=output_path, help="Also write one HTML page with a plot.")
     ] = None,
 ) -> None:
     """Train a recipe with parts left out or exchanged, and compare.
@@ -417,16 +389,10 @@ def ablate(
         return
     if recipe is None:
         raise InputError("RECIPE is missing: give a TOML file or the name of a recipe; --list needs none")
-    names = None if variants is None else [name.strip() for name in variants.split(",")]
+    if variants is not None:
+        settings["variants"] = [name.strip() for name in variants.split(",")]
     run = options.open(recipe, files=[markdown_path, html_path])
-    report = run.ablate(
-        names,
-        num_seeds=seeds,
-        max_queries=max_queries,
-        epochs=epochs,
-        halving=halving,
-        budget_minutes=budget_minutes,
-    )
+    report = run.ablate(**settings)
     session.show(ablation_table(report))
     session.write_report(context, options.json_path, report)
     session.write_document(ablation_document(report), markdown_path, html_path)

@@ -23,6 +23,7 @@ from d2llm.core.settings import (
     DTYPE_HELP,
     STUDENT_HELP,
     TASK_HELP,
+    TRAINED_TASK,
     WRITER_HELP,
     Settings,
     bound,
@@ -220,40 +221,21 @@ EngineOption = Annotated[
         "are faster but change vectors slightly."
     ),
 ]
-JsonOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        metavar="PATH",
-        dir_okay=False,
-        callback=output_file,
-        help="Also write the result as JSON; -: to standard output.",
-    ),
-]
+written_option = partial(typer.Option, metavar="PATH", dir_okay=False)
+"""Where something is written besides the terminal."""
+_JSON_HELP, MARKDOWN_HELP = "Also write the result as JSON; -: to standard output.", "Also write Markdown."
+JsonOption = Annotated[Path | None, written_option("--json", callback=output_file, help=_JSON_HELP)]
 JsonLinesOption = Annotated[
     Path | None,
-    typer.Option(
-        "--jsonl",
-        metavar="PATH",
-        dir_okay=False,
-        callback=output_file,
-        help="Also write each result as one line of JSON; -: to standard output.",
+    written_option(
+        "--jsonl", callback=output_file, help="Also write each result as one line of JSON; -: to standard output."
     ),
 ]
-MarkdownOption = Annotated[
-    Path | None,
-    typer.Option("--markdown", metavar="PATH", dir_okay=False, callback=output_file, help="Also write Markdown."),
-]
-HtmlOption = Annotated[
-    Path | None,
-    typer.Option("--html", metavar="PATH", dir_okay=False, callback=output_file, help="Also write one HTML page."),
-]
+MarkdownOption = Annotated[Path | None, written_option("--markdown", callback=output_file, help=MARKDOWN_HELP)]
+HtmlOption = Annotated[Path | None, written_option("--html", callback=output_file, help="Also write one HTML page.")]
 TaskOption = Annotated[
     Task | None,
-    typer.Option(
-        help=TASK_HELP,
-        show_default="what the student was trained for, or else asymmetric",
-    ),
+    typer.Option(help=TASK_HELP, show_default=TRAINED_TASK.default or True),
 ]
 IndexTaskOption = Annotated[
     Task | None,
@@ -386,16 +368,7 @@ class RunOptions:
     ] = None
     device: DeviceOption = None
     dtype: DtypeOption = None
-    json_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="PATH",
-            dir_okay=False,
-            callback=output_path,
-            help="Also write the result as JSON; -: to standard output.",
-        ),
-    ] = None
+    json_path: Annotated[Path | None, written_option("--json", callback=output_path, help=_JSON_HELP)] = None
 
     def open(self, recipe: str, *, files: Sequence[Path | None] = ()) -> Run:
         """Open the run of a recipe; ``files`` are those that the verb will write besides ``--json``.

@@ -23,6 +23,7 @@ from d2llm.cli.options import (
     output_path,
     student_option,
     teacher_option,
+    written_option,
 )
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb, verb_group
@@ -256,13 +257,7 @@ def ensemble(
     ] = None,
     html_path: Annotated[
         Path | None,
-        typer.Option(
-            "--html",
-            metavar="PATH",
-            dir_okay=False,
-            callback=output_path,
-            help="Also write one HTML page with reliability diagrams.",
-        ),
+        written_option("--html", callback=output_path, help="Also write one HTML page with reliability diagrams."),
     ] = None,
 ) -> None:
     """Combine several teachers into an ensemble, calibrated on dev.

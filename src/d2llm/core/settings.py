@@ -54,6 +54,9 @@ class Shown:
     parse: Callable[[str, str], Any] | None = None
 
 
+TRAINED_TASK = Shown(default="what the student was trained for, or else asymmetric")
+
+
 def setting(default: Any, help: str, shown: Shown | None = None, **bounds: Any) -> Any:  # noqa: A002
     """A field of ``Settings``: its default (... if it must be given), its help text, pydantic's bounds (``ge=1``)."""
     field: FieldInfo = Field(default, description=help, **bounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from d2llm.core.settings import TASK_HELP, Settings, Shown, setting
+from d2llm.core.settings import TASK_HELP, TRAINED_TASK, Settings, Shown, setting
 from d2llm.core.types import SystemKind, Task
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ class EvaluationSettings(Settings):
     noun: ClassVar[str] = "setting of an evaluation"
 
     split: str = setting("test", "The split to measure on.")
-    task: Task | None = setting(
-        None,
-        TASK_HELP,
-        Shown(default="what the student was trained for, or else asymmetric"),
-    )
+    task: Task | None = setting(None, TASK_HELP, TRAINED_TASK)
     top_k: int = setting(
         RECALL_DEPTH, "Length of the rankings, at least 100 (Recall@100).", _PYTHON_ONLY, ge=RECALL_DEPTH
     )

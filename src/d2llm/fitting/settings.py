@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2llm.core.errors import InputError
-from d2llm.core.settings import TASK_HELP, WRITER_HELP, Settings, Shown, narrowed, setting
+from d2llm.core.settings import TASK_HELP, TRAINED_TASK, WRITER_HELP, Settings, Shown, narrowed, setting
 from d2llm.core.types import Task
 from d2llm.data.settings import ReadingSettings
 
@@ -70,7 +70,7 @@ class FitSettings(Settings):
         "The student to start from and to beat: a folder or a name.",
         Shown(default="the shipped one for the documents' language", python_only=True),
     )
-    task: Task | None = setting(None, TASK_HELP, Shown(default="what the student was trained for, or else asymmetric"))
+    task: Task | None = setting(None, TASK_HELP, TRAINED_TASK)
     writer: WriterConfig | None = setting(None, WRITER_HELP, _PYTHON_ONLY)
     kinds: Kinds = setting(
         DEFAULT_KINDS, "Kinds of queries, each with the probability to be a passage's first.", _PYTHON_ONLY

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from d2llm.core.settings import Settings, Shown, setting
+from d2llm.core.settings import TRAINED_TASK, Settings, Shown, setting
 from d2llm.core.types import Task
 
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "int3", "binary")
@@ -56,7 +56,7 @@ class IndexSpec(IndexShape):
     task: Task | None = setting(
         None,
         "For a new index: search for passages that answer the query (asymmetric) or mean the same (symmetric).",
-        Shown(default="what the student was trained for, or else asymmetric"),
+        TRAINED_TASK,
     )
     window_vectors: str | None = setting(
         "auto",

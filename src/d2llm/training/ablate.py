@@ -16,10 +16,10 @@ from typing import Any
 from d2llm.core.errors import D2LLMError, InputError, RecipeError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.inputs import check_count
 from d2llm.core.json_values import parse_json
 from d2llm.core.manifest import read_manifest
 from d2llm.core.progress import remarks
+from d2llm.core.settings import shows
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan, TrainingSource, check_sources
 from d2llm.data.run_folder import is_finished, working_folder
@@ -43,9 +43,8 @@ from d2llm.training.checkpoints import LOG, epochs_of
 from d2llm.training.choose_weights import value_by_set
 from d2llm.training.dev_sets import DevSet, evaluate_dev, make_dev_set
 from d2llm.training.distill import distill
+from d2llm.training.settings import AblationSettings
 
-DEV_QUERIES = 500
-"""Maximum number of dev queries per data set that every run is measured on."""
 # A seed that a recipe is unlikely to use. Runs of a recipe with this seed would be measured on the same queries that
 # chose their best step, unlike runs with other seeds.
 MEASURING_SEED = 1_000_003
@@ -152,23 +151,20 @@ def _seconds(log: Path) -> float:
     return total
 
 
+@shows(AblationSettings)
 def ablate(
     sources: Sequence[TrainingSource],
     folder: Path,
+    settings: AblationSettings | None = None,
     *,
     recipe: Recipe,
     labels: Path,
     teacher: TeacherConfig,
     closed_gates: Collection[str] = (),
-    variants: Sequence[str] | None = None,
-    num_seeds: int = 3,
-    max_queries: int | None = None,
-    epochs: int | None = None,
-    budget_minutes: float | None = None,
-    dev_queries: int = DEV_QUERIES,
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> AblationReport:
     """Train a recipe and its variants over the same seeds, and measure all of them on the same dev queries.
 
@@ -184,10 +180,10 @@ def ablate(
     A variant that cannot be trained is reported with the reason; if the recipe itself cannot be trained, that is an
     error.
 
-    The arguments are those of ``Run.ablate`` and ``distill``; labels are not needed if neither the recipe nor a variant
-    imitates a teacher. Without ``variants``, there are all that the recipe can have, and that need no labels unless the
-    recipe does. A larger sample of ``max_queries`` contains a smaller one. Runs are measured on a fixed random sample
-    of ``dev_queries`` dev queries of each data set. ``progress`` counts the runs with those of other calls (``halve``).
+    The other arguments are those of ``distill``; labels are not needed if neither the recipe nor a variant imitates a
+    teacher. Without ``variants``, there are all that the recipe can have, and that need no labels unless the recipe
+    does. A larger sample of ``max_queries`` contains a smaller one. ``changes`` are single fields of the settings, of
+    which ``halving`` is for ``halve``; ``progress`` counts the runs with those of its other calls.
 
     Raises:
         RecipeError: a variant is unknown (the message suggests the nearest).
@@ -196,30 +192,32 @@ def ablate(
         TrainingDivergedError: the training of the recipe itself diverged.
     """
     started = time.monotonic()
-    _check_numbers(num_seeds, max_queries, epochs, budget_minutes, dev_queries)
-    names, unsuited = _trainable(recipe) if variants is None else (variants, [])
-    recipes, same = _distinct(_shortened(recipe, max_queries, epochs), names)
+    chosen = AblationSettings.of(settings, **changes)
+    names, unsuited = _trainable(recipe) if chosen.variants is None else (chosen.variants, [])
+    recipes, same = _distinct(_shortened(recipe, chosen.max_queries, chosen.epochs), names)
     check_sources(sources)
     needs_labels = any(recipe.losses.imitates for recipe in recipes.values())
     some = recipe.training.unlabelled == "own_labels"
     labelled = _labelled(sources, labels, teacher, closed_gates, other_sets_suffice=some) if needs_labels else None
     notes = [*unsuited, *_left_out(recipe, sources, labelled)]
-    sources = _training_queries(recipe, sources, labelled, max_queries)
+    sources = _training_queries(recipe, sources, labelled, chosen.max_queries)
     dev_sets = [
-        make_dev_set(source, num_queries=dev_queries, num_passages=recipe.training.dev_passages, seed=MEASURING_SEED)
+        make_dev_set(
+            source, num_queries=chosen.dev_queries, num_passages=recipe.training.dev_passages, seed=MEASURING_SEED
+        )
         for source in sources
     ]
-    settings = _settings(recipes, sources, labelled, teacher, closed_gates, device, dtype)
-    root = folder / fingerprint_json(settings)
+    content_of_runs = _settings(recipes, sources, labelled, teacher, closed_gates, device, dtype)
+    root = folder / fingerprint_json(content_of_runs)
     content = fingerprint_sets(dev_sets)
     shared = RunSettings(sources, dev_sets, content, root, labels, teacher, closed_gates, device, dtype)
-    seeds = range(recipe.seed, recipe.seed + num_seeds)
+    seeds = range(recipe.seed, recipe.seed + chosen.num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
     results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}
     if waiting := [run for run in runs if run not in results]:
-        write_json(root / "settings.json", settings)
-    deadline = math.inf if budget_minutes is None else started + 60 * budget_minutes
-    (progress := progress or Progress()).begin_round(len(recipes) - 1, num_seeds, len(results))
+        write_json(root / "settings.json", content_of_runs)
+    deadline = math.inf if chosen.budget_minutes is None else started + 60 * chosen.budget_minutes
+    (progress := progress or Progress()).begin_round(len(recipes) - 1, chosen.num_seeds, len(results))
     missing, failed = _train_waiting(shared, recipes, waiting, deadline, progress, results)
     base, rows = summarise([name for name in recipes if name != BASE], [results[run] for run in runs if run in results])
     sets = tuple(_measured_set(dev, source) for dev, source in zip(dev_sets, sources, strict=True))
@@ -233,20 +231,10 @@ def ablate(
         same=same,
         missing=tuple(missing),
         failed=tuple(failed),
-        settings=settings,
-        notes=(*notes, *_notes(recipes[BASE], sources, num_seeds)),
+        settings=content_of_runs,
+        notes=(*notes, *_notes(recipes[BASE], sources, chosen.num_seeds)),
         folder=str(root),
     )
-
-
-def _check_numbers(
-    num_seeds: int, max_queries: int | None, epochs: int | None, budget_minutes: float | None, dev_queries: int
-) -> None:
-    counts = {"num_seeds": num_seeds, "max_queries": max_queries, "epochs": epochs, "dev_queries": dev_queries}
-    for name, value in counts.items():
-        check_count(value, name, optional=True)
-    if budget_minutes is not None and budget_minutes < 0:
-        raise InputError(f"budget_minutes is {budget_minutes}, but must be at least 0")
 
 
 def _shortened(recipe: Recipe, max_queries: int | None, epochs: int | None) -> Recipe:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import remarks, showing_progress
+from d2llm.core.settings import shows
 from d2llm.core.types import RunStep
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data, open_source
@@ -33,6 +34,7 @@ from d2llm.recipe import CosineTeacherConfig, Recipe, TeacherConfig
 from d2llm.recipe.recipe import load_recipe
 from d2llm.recipe.variants import find_variant
 from d2llm.training.open_run import OpenRun, Skipped
+from d2llm.training.settings import AblationSettings
 
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
     from d2llm.evaluation.report import EvaluationReport
@@ -498,30 +500,17 @@ class Run(OpenRun):
             )
         return reports
 
+    @shows(AblationSettings)
     @_shows_progress
-    def ablate(
-        self,
-        variants: Sequence[str] | str | None = None,
-        *,
-        num_seeds: int = 3,
-        max_queries: int | None = None,
-        epochs: int | None = None,
-        halving: bool = False,
-        budget_minutes: float | None = None,
-    ) -> AblationReport:
+    def ablate(self, settings: AblationSettings | None = None, **changes: Any) -> AblationReport:
         """Train the recipe and its variants on the plans and labels, and compare them (``training.ablate``).
 
         Args:
-            variants: names from ``recipe.variants``; None means all.
-            num_seeds: number of seeds, counting up from the recipe's.
-            max_queries: train on a random sample of this many queries of each plan.
-            epochs: number of epochs, instead of the recipe's.
-            halving: train the better half again with twice the epochs, until one is left; begin with one epoch by
-                default. The report is the last one.
-            budget_minutes: start no training after this many minutes; a later call continues. 0 only reports.
+            settings: what to train, and for how long; with ``halving``, the report is that of the last round.
+            changes: single fields of the settings, as in ``run.ablate(variants=["cosine"], num_seeds=1)``.
         """
-        variants = None if variants is None else strings_of(variants, "variants")
-        for name in variants or ():
+        chosen = AblationSettings.of(settings, **changes)
+        for name in chosen.variants or ():
             find_variant(name)  # fails before data and labels are read
         from d2llm.training.ablate import ablate, halve
 
@@ -530,14 +519,13 @@ class Run(OpenRun):
             ablate,
             self.folder.sources(self.recipe),
             self.folder.path / "ablation",
+            chosen,
             recipe=self.recipe,
             labels=self.folder.labels,
             teacher=self.teacher,
             closed_gates=self.closed_gates() if self.recipe.losses.imitates else [],
-            num_seeds=num_seeds,
-            max_queries=max_queries,
             **self._computing,
         )
-        if halving:
-            return halve(measure, variants, epochs or 1, budget_minutes)
-        return measure(variants=variants, epochs=epochs, budget_minutes=budget_minutes)
+        return (
+            halve(measure, chosen.variants, chosen.epochs or 1, chosen.budget_minutes) if chosen.halving else measure()
+        )

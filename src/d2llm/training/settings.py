@@ -1,4 +1,4 @@
-"""Settings of the verb ``fit-scores``: the same in Python and on the command line."""
+"""Settings of the verbs ``fit-scores`` and ``ablate``: the same in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from d2llm.core.settings import Settings, Shown, setting
 
+DEV_QUERIES = 500
+"""Maximum number of dev queries of each data set that every run of an ablation is measured on."""
 LISTED_PASSAGES = 2_000
 """Passages of each data set that the weights of a score are fitted on, if they are not said."""
 
@@ -64,3 +66,39 @@ class FitScoresSettings(Settings):
     def needs_train(self) -> bool:
         """Whether something is fitted on the train split."""
         return self.quality or self.term_weights or self.document_expansion
+
+
+class AblationSettings(Settings):
+    """What to train beside a recipe, and for how long.
+
+    Example:
+        >>> from d2llm.training.settings import AblationSettings
+        >>> AblationSettings(variants="cosine", num_seeds=1).variants
+        ('cosine',)
+    """
+
+    noun: ClassVar[str] = "setting of an ablation"
+
+    variants: tuple[str, ...] | None = setting(
+        None,
+        "Names of variants to train; without, all that the recipe can have.",
+        Shown(python_only=True),
+        strict=False,
+    )
+    num_seeds: int = setting(
+        3, "Number of seeds, counting up from the recipe's, for intervals.", Shown(option="seeds"), ge=1
+    )
+    max_queries: int | None = setting(
+        None, "Train on a random sample of so many queries of each plan.", Shown(default="all"), ge=1
+    )
+    epochs: int | None = setting(None, "Epochs of each run.", Shown(default="the recipe's, or 1 with halving"), ge=1)
+    halving: bool = setting(False, "Train the better half again with twice the epochs, until one is left.")
+    budget_minutes: float | None = setting(
+        None,
+        "Start no run after this many minutes; the same call continues later. 0 shows the results so far.",
+        Shown(default="no limit"),
+        ge=0,
+    )
+    dev_queries: int = setting(
+        DEV_QUERIES, "Measure on so many dev queries of each data set, a fixed sample.", Shown(python_only=True), ge=1
+    )
