@@ -20,6 +20,7 @@ class FeatureRows:
         self.windows = None
         self._own = own
         self.tokens = None
+        self.num_cut = 0  # rows that got a bound of their sum instead
         if windows is not None:
             self.windows = part_vectors(windows, own.shape[1], "float32")
         if tokens is not None:
@@ -36,8 +37,11 @@ class FeatureRows:
         )
         return scores
 
-    def best_tokens(self, queries, rows):
-        return self.tokens.sum_of_best(queries, rows)
+    def best_tokens(self, queries, rows, needed=None):
+        sums = self.tokens.sum_of_best(queries, rows, needed)
+        if needed is not None:
+            self.num_cut += int((sums > self.tokens.sum_of_best(queries, rows)).sum())
+        return sums
 
 
 def part_vectors(parts, dim, vector_format):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiled_loops import compiled
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import TASKS
 from d2llm.models.interaction import Interaction
@@ -146,7 +147,7 @@ def on_sphere(vectors):
 def test_ranking_with_score_features_matches_brute_force(monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST_SCORED", 8)
     monkeypatch.setattr(exact_search, "_MAX_SCORED", 32)
-    num_early = 0
+    num_early = num_cut = 0
     students = [student for student in STUDENTS if student is not PAPER]
     for seed in range(300):
         student = students[seed % len(students)]
@@ -160,7 +161,8 @@ def test_ranking_with_score_features_matches_brute_force(monkeypatch):
         weights = {name: float(rng.choice([0.0, 0.5, 4.0])) for name in names}
         own = view.vectors(np.arange(view.capacity))
         windows = [rng.standard_normal((rng.integers(0, 4), DIM)).astype(np.float32) for _ in texts]
-        tokens = [on_sphere(rng.standard_normal((rng.integers(0, 5), 12))) for _ in range(len(texts) + 1)]
+        tokens = [on_sphere(rng.standard_normal((rng.integers(0, 5), 12))) for _ in texts]
+        of_query = on_sphere(rng.standard_normal((rng.integers(0, 30), 12)))
         task = TASKS[seed % 2]
         dot = student.prepare(query, task).dot_query
         factor = (
@@ -174,7 +176,7 @@ def test_ranking_with_score_features_matches_brute_force(monkeypatch):
             if seed % 3
             else None
         )
-        rows = FeatureRows(texts, windows, own, tokens[1:] or None)
+        rows = FeatureRows(texts, windows, own, tokens or None)
         if rows.tokens is None:
             weights["maxsim"] = 0.0
         score_features = RowFeatures(
@@ -182,16 +184,19 @@ def test_ranking_with_score_features_matches_brute_force(monkeypatch):
             "w1 w2 w3 w10",
             FeatureWeights(terms=weights, words_factor=factor),
             dot,
-            tokens[0],
+            of_query,
             nearest=float(rng.standard_normal()),
         )
-        expected, values = brute_force(view, student, query, task, top_k, allowed, score_features)
-        result = certified_top_k(view, student, query, task, top_k, allowed=allowed, score_features=score_features)
+        with compiled(bool(seed % 2)):
+            expected, values = brute_force(view, student, query, task, top_k, allowed, score_features)
+            result = certified_top_k(view, student, query, task, top_k, allowed=allowed, score_features=score_features)
+        num_cut += rows.num_cut > 0
         assert result.rows.tolist() == expected, seed
         np.testing.assert_array_equal(result.scores, values[expected])
         assert result.certificate.proved == len(expected)
         num_early += result.certificate.num_left > 0
-    assert num_early > 50  # the bounds did skip rows
+    assert num_early > 50  # the bounds did skip rows,
+    assert num_cut > 30  # and some without the products of all tokens
 
 
 def test_ranking_matches_brute_force_in_1050_random_cases(monkeypatch):

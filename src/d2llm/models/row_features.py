@@ -5,7 +5,7 @@ The rows are those of an index, or texts that are in none (``models.encoded_text
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -44,8 +44,13 @@ class ScoredRows(RowVectors, Protocol):
         """The highest inner product of a query [dim] with a window of each row [n]."""
         ...
 
-    def best_tokens(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The sum of the highest products of a query's tokens [m, dim] with tokens of each row [n]."""
+    def best_tokens(
+        self, queries: NDArray[np.float32], rows: NDArray[np.int64], needed: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
+        """The sum of the highest products of a query's tokens [m, dim] with tokens of each row [n].
+
+        Of rows whose sum is below ``needed`` [n], any number between.
+        """
         ...
 
 
@@ -108,16 +113,28 @@ class RowFeatures:
     def _word_scores(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._sum(*self._words.score(self._query, rows))
 
-    def bounds(self, num_rows: int) -> NDArray[np.float32]:
-        """Upper bounds of the score features of the first rows, valid in the same float32 arithmetic."""
-        passages = self._passages[:num_rows]
+    def bounds(
+        self, rows: NDArray[np.int64], reach: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """Upper bounds of the score features of some rows [n], valid in the same float32 arithmetic.
+
+        Args:
+            rows: [n].
+            reach: called with the bounds [n] without tokens; returns the score features that each row must have to be
+                of interest. A bound below that is no close one.
+        """
+        passages = self._passages[rows]
         if self._window_weight:
-            words = self._sum(passages, self._words.window_limits(self._query)[:num_rows])
+            words = self._sum(passages, self._words.window_limits(self._query)[rows])
         else:
             words = self._passage_weight * passages
-        rows = np.arange(num_rows, dtype=np.int64)
         bounds = self._with_windows(words, rows)
-        return bounds if self._tokens is None else bounds + self._token_scores(self._tokens, rows)
+        if self._tokens is None:
+            return bounds
+        needed = None
+        if self._token_weight > 0:
+            needed = np.divide(reach(bounds) - bounds, self._token_weight, dtype=np.float64)
+        return bounds + self._token_scores(self._tokens, rows, needed)
 
     @cached_property
     def _passages(self) -> NDArray[np.float32]:
@@ -134,8 +151,10 @@ class RowFeatures:
         assert self._dot_query is not None, "windows are scored by inner products, which this student does not have"
         return self._vector_weight * self._index.best_windows(self._dot_query, rows)
 
-    def _token_scores(self, tokens: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._token_weight * self._index.best_tokens(tokens, rows)
+    def _token_scores(
+        self, tokens: NDArray[np.float32], rows: NDArray[np.int64], needed: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
+        return self._token_weight * self._index.best_tokens(tokens, rows, needed)
 
 
 class RowScorer:

@@ -187,10 +187,12 @@ class TextRows:
         assert self._scan is not None
         return best_windows(self._windows, self._scan, query, rows)
 
-    def best_tokens(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def best_tokens(
+        self, queries: NDArray[np.float32], rows: NDArray[np.int64], needed: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
         """The sum of the highest products of a query's tokens [m, dim] with tokens of each row [n]."""
         assert self._tokens is not None, "the tokens of these texts were not read"
-        return self._tokens.sum_of_best(queries, rows)
+        return self._tokens.sum_of_best(queries, rows, needed)
 
 
 class TextScorer:

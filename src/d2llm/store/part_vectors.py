@@ -11,10 +11,11 @@ once; damaged ones are encoded again by ``repair``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +26,14 @@ from d2llm.ops.kernels import MAXSIM
 from d2llm.ops.selection import ranges
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_file import PART_EXTENTS, PART_VECTORS, IntactExtents, VectorFile
-from d2llm.store.vector_formats import VectorFormat, make_format
+from d2llm.store.vector_formats import Multiplier, VectorFormat, make_format
 
 _PLACE = np.dtype("<i8")
 EXTENT_BYTES = 2 * _PLACE.itemsize
 """Bytes of a row's place, on disk and in memory."""
 _PARTS_AT_ONCE = 4_096  # few enough to stay in the cache
+_SAMPLED = 8  # rows
+_NEVER = 1 << 62  # no sum of products is that large
 
 
 class EncodedParts(NamedTuple):
@@ -63,6 +66,7 @@ class PartVectors:
         """Args: ``extents`` [rows, 2], first part and number of parts of each row; ``codes`` [parts, bytes]."""
         self._extents = extents
         self._format = vector_format
+        self._largest_square: int | None = None
         self.codes = codes
 
     @classmethod
@@ -106,11 +110,16 @@ class PartVectors:
             scores[nonempty] = np.maximum.reduceat(products, firsts)
         return scores
 
-    def sum_of_best(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def sum_of_best(
+        self, queries: NDArray[np.float32], rows: NDArray[np.int64], needed: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
         """The sum, over queries [m, dim], of the highest inner product with a part of each row [n].
 
         This is the late interaction of ColBERT (Khattab and Zaharia, SIGIR 2020) if the queries are the tokens of a
         query. 0 for rows without parts. The sums are the same whichever other rows are requested.
+
+        Of rows whose sum is below ``needed`` [n], the result may be any number between: then most of them are left
+        after their products with a few queries, since no product of two vectors is above that of their norms.
         """
         scores = np.zeros(len(rows), np.float32)
         if not len(queries):
@@ -120,10 +129,9 @@ class PartVectors:
         starts, counts = starts[nonempty], counts[nonempty]
         multiplier = self._format.multiplier(queries)
         kernels = None if multiplier.whole is None else MAXSIM.get(len(self.codes))
-        if kernels is not None:
-            best = np.empty(len(nonempty), np.int64)
-            queries = kernels.arranged(multiplier.whole, multiplier.bits)
-            kernels.sum_of_best(self.codes, starts, counts, queries, multiplier.bits, best)
+        if kernels is not None and len(nonempty):
+            least = None if needed is None else (needed[nonempty] - multiplier.shift.sum()) / multiplier.scale
+            best = self._best_by_loop(kernels, multiplier, starts, counts, least)
             scores[nonempty] = multiplier.scale * best + multiplier.shift.sum()
             return scores
         for block in _blocks(counts):
@@ -132,6 +140,42 @@ class PartVectors:
             sums = np.maximum.reduceat(products, firsts, axis=0).sum(axis=1, dtype=np.float64)
             scores[nonempty[block]] = multiplier.scale * sums + multiplier.shift.sum()
         return scores
+
+    def _best_by_loop(
+        self,
+        kernels: Any,
+        multiplier: Multiplier,
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        needed: NDArray[np.float64] | None,
+    ) -> NDArray[np.int64]:
+        """``sum_of_best`` in whole numbers, of rows with parts."""
+        whole, bits = multiplier.whole, multiplier.bits
+        assert whole is not None
+        left, least = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        if needed is not None:
+            norms = np.linalg.norm(whole.astype(np.float64), axis=1)
+            most = norms * self._largest_norm(kernels, bits) + (2**bits - 1) / 2 * whole.sum(axis=1, dtype=np.int64)
+            # First those that add least to most rows, of which some stand for all.
+            some = slice(None, None, -(-len(starts) // _SAMPLED))
+            firsts = np.cumsum(counts[some]) - counts[some]
+            products = multiplier.multiply(self.codes[ranges(starts[some], counts[some])])
+            order = np.argsort(np.maximum.reduceat(products, firsts, axis=0).mean(axis=0) - most, kind="stable")
+            whole, left = whole[order], np.ceil(most[order] + 1).astype(np.int64)
+            least = np.clip(np.floor(needed), -_NEVER, _NEVER).astype(np.int64)
+        queries = kernels.arranged(whole, bits)
+        by_block = np.zeros(len(queries) * kernels.LANES, np.int64)
+        by_block[: len(left)] = left
+        left = np.append(np.cumsum(by_block.reshape(len(queries), -1).sum(axis=1)[::-1])[::-1], 0)
+        best = np.empty(len(starts), np.int64)
+        kernels.sum_of_best(self.codes, starts, counts, queries, bits, left, least, best)
+        return best
+
+    def _largest_norm(self, kernels: Any, bits: int) -> float:
+        """That of a vector, in steps of its format."""
+        if self._largest_square is None:
+            self._largest_square = int(kernels.largest_square(self.codes, bits))
+        return 0.5 * math.sqrt(self._largest_square)
 
     def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The codes of the parts of some rows, row after row, and the number of parts of each row."""

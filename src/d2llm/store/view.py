@@ -308,10 +308,12 @@ class PassageView:
         assert self.windows is not None, "this index stores no window vectors"
         return best_windows(self.windows, self._check(), query, rows)
 
-    def best_tokens(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def best_tokens(
+        self, queries: NDArray[np.float32], rows: NDArray[np.int64], needed: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
         """The sum of the highest products of a query's tokens [m, dim] with tokens of each row [n]."""
         assert self.tokens is not None, "this index stores no token embeddings"
-        return self.tokens.sum_of_best(queries, rows)
+        return self.tokens.sum_of_best(queries, rows, needed)
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
         """The rows that a filter allows, as a read-only mask [capacity]; None without a filter.

@@ -219,7 +219,7 @@ _raise_best, _raise_several = _raiser(1), _raiser(_BLOCKS)
 @compiled(
     types.void(
         *(read_only(types.uint8, 2), read_only(types.int64), read_only(types.int64)),
-        *(read_only(types.int8, 5), types.int64, written(types.int64)),
+        *(read_only(types.int8, 5), types.int64, read_only(types.int64), read_only(types.int64), written(types.int64)),
     )
 )
 def sum_of_best(
@@ -228,9 +228,14 @@ def sum_of_best(
     counts: NDArray[np.int64],
     queries: NDArray[np.int8],
     bits: int,
+    left: NDArray[np.int64],
+    needed: NDArray[np.int64],
     sums: NDArray[np.int64],
 ) -> None:
     """The sum over queries of the highest product with a part of each row.
+
+    Where ``needed`` says which sum is of interest, a row is left as soon as it cannot have it. What it gets then is the
+    sum of the blocks multiplied so far and of the most that the others can add: an upper bound.
 
     Args:
         codes: [parts, bytes], numbers of ``bits`` each, as ``RotatedFormat`` stores them.
@@ -238,6 +243,8 @@ def sum_of_best(
         counts: [n] its number of parts, at least 1.
         queries: those ``arranged`` for these bits; all products with a part are below 2^31.
         bits: 4 or 8.
+        left: [blocks + 1] the most that the queries of each block and those after it add to a sum.
+        needed: [n], or empty: all sums are of interest.
         sums: [n] gets the sums.
     """
     width, quads = codes.shape[1], queries.shape[2]
@@ -247,21 +254,39 @@ def sum_of_best(
     read = numbers.view(np.int32)
     best = np.empty(LANES * len(queries), np.int32)
     factor = np.int32(1 if bits == 4 else 16)
+    step = 1 if len(needed) else len(queries)  # blocks multiplied before it is asked whether a row can be left
     for row in range(len(starts)):
         start, end = starts[row], starts[row] + counts[row]
         if start < 0 or end <= start or end > len(codes):
             raise ValueError("the parts of a row are not where they should be")
-        best[:] = _LOWEST
-        for part in range(start, end, _AT_ONCE):
-            for at in range(_AT_ONCE):
-                code = min(part + at, end - 1)  # the last one again, which changes nothing
-                _split(codes, code, numbers, at)
-            together = len(queries) - len(queries) % _BLOCKS
-            for block in range(0, together, _BLOCKS):
-                _raise_several(read, queries, block, factor, best)
-            for block in range(together, len(queries)):
-                _raise_best(read, queries, block, factor, best)
+        total, done = np.int64(0), 0
+        while done < len(queries) and not (len(needed) and total + left[done] < needed[row]):
+            first, done = done, done + step
+            best[LANES * first : LANES * done] = _LOWEST
+            for part in range(start, end, _AT_ONCE):
+                for at in range(_AT_ONCE):
+                    code = min(part + at, end - 1)  # the last one again, which changes nothing
+                    _split(codes, code, numbers, at)
+                together = first + step - step % _BLOCKS
+                for block in range(first, together, _BLOCKS):
+                    _raise_several(read, queries, block, factor, best)
+                for block in range(together, done):
+                    _raise_best(read, queries, block, factor, best)
+            for product in best[LANES * first : LANES * done]:
+                total += product
+        sums[row] = total + left[done]
+
+
+@compiled(types.int64(read_only(types.uint8, 2), types.int64))
+def largest_square(codes: NDArray[np.uint8], bits: int) -> int:
+    """The highest sum of squares of the numbers of a code, of 4 or 8 ``bits`` each, twice and less their middle."""
+    largest, middle = np.int64(0), np.int64((1 << bits) - 1)
+    for code in range(len(codes)):
         total = np.int64(0)
-        for product in best:
-            total += product
-        sums[row] = total
+        for byte in codes[code]:
+            if bits == 8:
+                total += (2 * np.int64(byte) - middle) ** 2
+            else:
+                total += (2 * np.int64(byte & 15) - middle) ** 2 + (2 * np.int64(byte >> 4) - middle) ** 2
+        largest = max(largest, total)
+    return int(largest)
