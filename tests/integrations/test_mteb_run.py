@@ -62,6 +62,10 @@ def test_every_kind_of_task_is_measured_and_kept_as_mteb_keeps_it(folder, tmp_pa
     assert stored["faq"]["scores"]["test"][0]["main_score"] == 1.0
     assert stored["faq"]["mteb_version"] == report.mteb
     assert stored["model_meta"]["revision"] == report.revision
+    loaded = mteb.ResultCache(tmp_path / "results").load_results(include_remote=False, load_experiments="match_name")
+    found = [(model, result) for model in loaded.model_results for result in model.task_results]
+    assert {result.task_name: result.get_score() for _, result in found} == pytest.approx(values)
+    assert {model.model_revision for model, _ in found} == {report.revision}
     again = runs.run_mteb(student, tasks=tasks[:1], out=tmp_path / "results", symmetric=["faq"], device="cpu")
     assert again.rows == report.rows[:1]  # to the second: it was not run again
 

@@ -18,10 +18,10 @@ class PlackettLuce(Loss, kind="plackett_luce"):
     paper = "Bassam et al. 2025, arXiv 2506.12542 (PLD)"
     needs = frozenset({"labels"})
     measured = (
-        "against judgements alone +.006 (.741 and .735; wikiqa +.006, banking77 +.005), list imitation "
-        "+.003 ([one seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone); static "
-        "vectors +.006 and +.0021 ±.0003 ([three seeds](log/2026-11.md#2026-11-30-three-seeds-of-what-looked-best-and-"
-        "methods-without-a-figure))"
+        "against judgements alone +.006 (.741 and .735), list imitation +.003 ([one "
+        "seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them)); static vectors +.006 and +.0021 ±.0003 "
+        "([three seeds](log/2026-11.md#2026-11-30-three-seeds-of-what-looked-best-and-methods-without-a-figure)), "
+        "with two maps +.0012 ±.0002 ([three](ablations.md#two-maps-or-a-mean-and-a-variance-on-three-sets))"
     )
 
     def __call__(self, inputs: LossInput) -> Tensor:

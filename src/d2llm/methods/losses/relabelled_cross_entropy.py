@@ -19,7 +19,8 @@ class RelabelledCrossEntropy(InBatchCrossEntropy, kind="relabelled_cross_entropy
     needs = frozenset({"labels"})
     measured = (
         "written queries, two seeds: medquad .746, with `others` .741; covidqa .388, .417; the worst negative: no gain "
-        "([log](log/2026-11.md#2026-11-30-positives-that-a-teacher-chooses-gecko))"
+        "([log](log/2026-11.md#2026-11-30-positives-that-a-teacher-chooses-gecko)); static vectors +.001 ([one "
+        "seed](log/2026-11.md#2026-11-30-the-last-files-of-figures-and-which-of-two-maps-and-a-variance))"
     )
 
     negatives: Negatives = "lowest"

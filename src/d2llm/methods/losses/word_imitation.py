@@ -25,7 +25,9 @@ class WordImitation(Loss, kind="word_imitation"):
     costs = "BM25 of the training queries; judgements are not needed"
     measured = (
         "half beside half judgements -.063 against judgements alone (.672 and .735; wikiqa -.063, banking77 -.063; "
-        "[one seed](log/2026-11.md#2026-11-30-learned-words-splade-dsr-spar-and-condenser), vectors alone)"
+        "[one seed](log/2026-11.md#2026-11-30-learned-words-splade-dsr-spar-and-condenser), vectors alone); static "
+        "vectors -.009 ([one seed](log/2026-11.md#2026-11-30-the-last-files-of-figures-and-which-of-two-maps-and-a-"
+        "variance))"
     )
     of_vectors: ClassVar[bool] = True
 

@@ -24,10 +24,10 @@ class Multivariate(ChangedPooling, kind="multivariate"):
 
     paper = "Zamani and Bendersky, SIGIR 2023, arXiv 2304.14522 (MRL)"
     measured = (
-        "against cosines with the same losses +.009 (.747 and .738; wikiqa +.008, banking77 +.010; [one "
-        "seed](log/2026-11.md#2026-11-30-methods-of-other-vectors-answers-and-batches)); static vectors +.035 ±.004, "
-        "with maps that only these train ([three seeds](log/2026-11.md#2026-11-30-three-seeds-of-what-looked-best-and-"
-        "methods-without-a-figure))"
+        "against cosines with the same losses +.009 ([one seed](log/2026-11.md#2026-11-30-methods-of-other-vectors-"
+        "answers-and-batches)); against two maps, with static vectors, wikiqa +.011, stackfaq +.016, banking77 -.002 "
+        "([three seeds](ablations.md#two-maps-or-a-mean-and-a-variance-on-three-sets)), as heads level ([one "
+        "seed](ablations.md#all-heads-on-the-same-lists))"
     )
     costs = "vectors with twice as many dimensions and one more; the head `divergence`"
     reads_tokens: ClassVar[bool] = False
