@@ -21,8 +21,10 @@ def read_yaml(path: Path):
 
 
 def needs_arguments(program: str) -> bool:
-    """Whether a script's parser has an argument that must be given."""
+    """Whether a script's parser has an argument that must be given; that of ``run_parser`` has two."""
     for call in ast.walk(ast.parse(program)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "run_parser":
+            return True
         if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".add_argument"):
             options = {option.arg: ast.unparse(option.value) for option in call.keywords}
             positional = not ast.literal_eval(call.args[0]).startswith("-") and options.get("nargs", "'+'") == "'+'"

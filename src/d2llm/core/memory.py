@@ -29,7 +29,7 @@ _TELLING_MODULES = {
     "tokenizers",
 }
 """Whose exceptions say in words that memory ran out; those of other kinds may quote what a user wrote."""
-_MOST_CHARS = 300
+_MAX_CHARS = 300
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -42,7 +42,7 @@ def out_of_memory(error: BaseException) -> str | None:
         if _says_so(cause):
             name = f"{error.path}: " if isinstance(error, DataFormatError) else ""
             text = name + (" ".join(str(cause).split()) or type(cause).__name__)
-            return f"memory ran out ({text if len(text) <= _MOST_CHARS else text[:_MOST_CHARS] + '...'})"
+            return f"memory ran out ({text if len(text) <= _MAX_CHARS else text[:_MAX_CHARS] + '...'})"
     return None
 
 

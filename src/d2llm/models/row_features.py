@@ -114,14 +114,14 @@ class RowFeatures:
         return self._sum(*self._words.score(self._query, rows))
 
     def bounds(
-        self, rows: NDArray[np.int64], reach: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+        self, rows: NDArray[np.int64], needed_of: Callable[[NDArray[np.float32]], NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         """Upper bounds of the score features of some rows [n], valid in the same float32 arithmetic.
 
         Args:
             rows: [n].
-            reach: called with the bounds [n] without tokens; returns the score features that each row must have to be
-                of interest. A bound below that is no close one.
+            needed_of: called with the bounds [n] without tokens; returns the score features that each row must have to
+                be of interest. A bound below that is no close one.
         """
         passages = self._passages[rows]
         if self._window_weight:
@@ -133,7 +133,7 @@ class RowFeatures:
             return bounds
         needed = None
         if self._token_weight > 0:
-            needed = np.divide(reach(bounds) - bounds, self._token_weight, dtype=np.float64)
+            needed = np.divide(needed_of(bounds) - bounds, self._token_weight, dtype=np.float64)
         return bounds + self._token_scores(self._tokens, rows, needed)
 
     @cached_property

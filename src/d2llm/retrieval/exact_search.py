@@ -109,7 +109,7 @@ def certified_top_k(
     final, highest = _finals(row_scorer, dots, bound), dots[rows]
     if score_features is not None and len(rows):
 
-        def reach(words: NDArray[np.float32]) -> NDArray[np.float32]:
+        def needed_of(words: NDArray[np.float32]) -> NDArray[np.float32]:
             """What the features of each row must add for it to be among the best ``top_k``, at least."""
             others = highest + bound[rows]
             first = top_rows(check_scores(others + words), max(_FIRST_SCORED, top_k), None)
@@ -117,7 +117,7 @@ def certified_top_k(
             known = np.partition(scores, -top_k)[-top_k] if len(scores) >= top_k else -math.inf
             return np.float32(max(known, clock.floor)) - others
 
-        highest = highest + score_features.bounds(rows, reach)
+        highest = highest + score_features.bounds(rows, needed_of)
     uppers = check_scores(highest + bound[rows])
     blocks = from_the_highest(uppers, max(_MAX_SCORED, top_k))
     result = _score_from_the_top(view, rows, uppers, blocks, final, top_k, clock)
