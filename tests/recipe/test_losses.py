@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from d2llm.core.errors import RecipeError
+from d2llm.core.errors import InputError, RecipeError
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import LOSSES, Loss, Objective
 from d2llm.recipe.recipe import load_recipe_text, shaping_settings
+from d2llm.training.losses import batch_losses
 from tiny_distill import Workspace, log_of
 
 
@@ -185,3 +188,17 @@ def test_a_loss_that_is_not_finished_says_so() -> None:
 
     with pytest.raises(NotImplementedError):
         Unfinished()(torch.zeros(1))
+
+
+def test_a_loss_of_several_values_says_so() -> None:
+    class Rowwise(Loss, kind="rowwise_for_a_test"):
+        """A value for each query."""
+
+        def __call__(self, inputs):
+            return torch.zeros(3)
+
+    of_lists: Any = SimpleNamespace(batch=SimpleNamespace(targets=None))
+    with pytest.raises(
+        InputError, match=r"losses\.rowwise_for_a_test is a tensor of shape \[3\], but must be one number"
+    ):
+        batch_losses({"rowwise_for_a_test": Rowwise()}, of_lists)

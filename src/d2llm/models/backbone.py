@@ -24,8 +24,9 @@ class Backbone(TextReader, nn.Module):
     """What reads texts: ``tokenize`` and ``pad`` give the ids of tokens, ``forward`` their states.
 
     The base of ``PretrainedBackbone`` and of what other kinds open (``recipe.CustomBackbone``). A subclass has ``dim``,
-    ``fingerprint_base``, ``forward`` and a ``tokenizer`` of ``transformers``; without one, ``tokenize`` and ``pad``.
-    What it has as weights is trained and saved with tuning ``full``.
+    ``fingerprint_base``, ``forward`` and a ``tokenizer`` of ``transformers``, which is saved with a student and splits
+    texts; its own ``tokenize`` and ``pad`` may read texts in another way. What it has as weights is trained and saved
+    with tuning ``full``.
 
     Attributes:
         pooling: what its states are for; it may weigh them by the model's attention.

@@ -65,6 +65,8 @@ LOSSES: Registry[Loss] = Registry(
 class Loss(Registered, Section):
     """One term of the objective. A subclass names its kind, by which recipes name it, and is called for each batch.
 
+    It returns a tensor without dimensions, or None if the batch has nothing for it.
+
     Example::
 
         class Spread(Loss, kind="spread"):

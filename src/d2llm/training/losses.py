@@ -446,9 +446,16 @@ def with_tokens(
 
 
 def batch_losses(objective: Mapping[str, Loss], inputs: LossInput) -> dict[str, Tensor]:
-    """The value of each loss before its weight, by kind; of labelled pairs those for pairs, else the others."""
+    """The value of each loss before its weight, by kind; of labelled pairs those for pairs, else the others.
+
+    Raises:
+        InputError: a loss has several values.
+    """
     of_pairs = inputs.batch.targets is not None
     values = {kind: loss(inputs) for kind, loss in objective.items() if loss.of_pairs == of_pairs}
+    for kind, value in values.items():
+        if value is not None and value.ndim:
+            raise InputError(f"losses.{kind} is a tensor of shape {[*value.shape]}, but must be one number: a mean")
     return {kind: value for kind, value in values.items() if value is not None}
 
 
