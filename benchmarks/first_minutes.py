@@ -9,7 +9,7 @@ folder: no download is timed). The steps:
 3. search one's own folder: 50 questions of ``documentation_questions.jsonl``, of which an answer counts if one of the
    first texts has the words that the question names, whatever its document;
 4. install what serves this index, start it, see its page and have a search answered over HTTP;
-5. start it for agents, and have a search answered by a tool over MCP (streamable HTTP).
+5. start it for agents, and have a search answered by a tool over MCP.
 
     python benchmarks/first_minutes.py --folder /tmp/documentation --work /tmp/first-minutes
 
@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import httpx2
 from documentation import QUESTIONS, fetch, plain
 from mcp import Client
+from mcp.client.sse import sse_client
 
 from d2llm.models.sources import locate_model
 
@@ -71,6 +72,8 @@ class Service(NamedTuple):
     """A request that searches for a question: method, path, and options of the client."""
     tool: Callable[[str], tuple[str, dict[str, Any]]]
     """A tool of its server for agents, and its arguments for a question."""
+    agent_client: Callable[[str], Any] = str
+    """What the client of an agent is given for an address; by default streamable HTTP."""
 
 
 # sentence-transformers has no server and no tools for agents: its documentation shows neither.
@@ -85,13 +88,14 @@ SERVICES = {
         lambda question: ("search", {"query": question}),
     ),
     "txtai": Service(
-        ["txtai[api]"],
+        ["txtai[api]", "mcp<2"],  # what serves agents, fastapi-mcp 0.4.0, fails with a newer one
         ["serve_txtai.yml"],
         ["env", "CONFIG={programs}/serve_txtai.yml", "uvicorn", "txtai.api:app", "--port", "{port}"],
         [],
         ("docs", "try the API"),
         lambda question: ("GET", "search", {"params": {"query": question}}),
-        lambda question: ("search", {"query": question}),
+        lambda question: ("search_search_get", {"query": question}),
+        sse_client,  # it has the older transport alone
     ),
     "llama_index": Service(
         ["llama-agents-server", "llama-index-tools-mcp"],
@@ -193,9 +197,10 @@ def wait_for(answered: Callable[[], bool], server: subprocess.Popen[bytes]) -> N
     raise TimeoutError("the server has not answered") from failure
 
 
-async def call_tool(address: str, tool: str, arguments: dict[str, Any]) -> bool:
+async def call_tool(service: Service, address: str, question: str) -> bool:
     """Whether a tool has answered an agent."""
-    async with Client(f"{address}/mcp") as client:
+    tool, arguments = service.tool(question)
+    async with Client(service.agent_client(f"{address}/mcp")) as client:
         return not (await client.call_tool(tool, arguments)).is_error
 
 
@@ -217,7 +222,7 @@ def serve(service: Service, environment: Path, model: Path, question: str) -> di
     begin = time.perf_counter()
     command = service.agent_command or service.command
     with timed("agent") as times, started(command, environment, model) as (address, server):
-        wait_for(lambda: asyncio.run(call_tool(address, *service.tool(question))), server)
+        wait_for(lambda: asyncio.run(call_tool(service, address, question)), server)
         times["seconds"] = time.perf_counter() - begin
     return result | times
 

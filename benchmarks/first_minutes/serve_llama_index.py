@@ -26,7 +26,7 @@ class Search(Workflow):
 
 
 if kind == "agent":
-    workflow_as_mcp(Search(), start_event_model=Question, port=int(port)).run(transport="streamable-http")
+    workflow_as_mcp(Search(), start_event_model=Question).run(transport="streamable-http", port=int(port))
 else:
     server = WorkflowServer()
     server.add_workflow("search", Search())
