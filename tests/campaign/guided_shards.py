@@ -123,7 +123,7 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode()
 
 
-def _llama() -> bytes:
+def tiny_gguf() -> bytes:
     """A model of one layer in GGUF."""
     sizes = {"context_length": 32, "embedding_length": 8, "block_count": 1, "feed_forward_length": 16, "vocab_size": 8}
     sizes |= {"attention.head_count": 2, "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-5}
@@ -179,7 +179,7 @@ _LINES = lines_of({"id": "1", "text": "the cat"}, {"id": "2", "text": "the dog",
 LABELS: dict[str, Target] = {
     "label shards": Target(_label_bytes, [b"\0" + _parquet(_PAIRS, "labels"), b"\xff" + _parquet(_COSINES, "grams")]),
     "label rows": Target(_label_rows, [json.dumps(rows).encode() for rows in (_PAIRS, _COSINES)], json=True),
-    "gguf": Target(_gguf, [_llama()]),
+    "gguf": Target(_gguf, [tiny_gguf()]),
     "standard input": Target(
         _standard_input, [_LINES, _gzipped(_LINES), b"<!doctype html><p>a", b"\xef\xbb\xbf{}"], json=True
     ),

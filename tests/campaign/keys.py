@@ -226,7 +226,7 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
     yield case
 
 
-ROW = Row("keys", "F6", 20_000, prepare)
+ROW = Row("keys", "F6", 5_000, prepare)
 
 if __name__ == "__main__":
     main(ROW)

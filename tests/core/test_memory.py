@@ -53,6 +53,7 @@ def test_what_libraries_raise(allocate):
         RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)"),
         RuntimeError("Exception from src/core.cpp:90:\nstd::bad_alloc"),  # OpenVINO
         RuntimeError("bad allocation"),  # C++ on Windows
+        RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904, 8]"),  # torch
         type("RuntimeException", (Exception,), {"__module__": "onnxruntime.capi.onnxruntime_pybind11_state"})(
             "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9"
         ),

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -232,6 +233,21 @@ def test_parquet_file_with_other_columns_is_rejected(tmp_path: Path) -> None:
     shutil.copy(gram_file, label_file)
     with pytest.raises(DataFormatError, match=r"has the columns .*'gram'"):
         open_store(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["labels", "grams"])
+def test_a_shard_without_values_is_damaged(tmp_path: Path, kind: str) -> None:
+    """What Parquet can hold and d2llm never writes: it would be a traceback later."""
+    open_store(tmp_path).write([labels("q1", {"p1": 1.0}, GRAM[:1, :1])])
+    [path] = (tmp_path / kind).iterdir()
+    table = pq.read_table(path)
+    [row] = table.to_pylist()
+    for column in set(row) - {"grade"}:
+        values = [[None], None] if isinstance(row[column], list) else [None]
+        for value in values:
+            pq.write_table(pa.Table.from_pylist([row | {column: value}], schema=table.schema), path)
+            with pytest.raises(DataFormatError, match=f"lacks values of {column}"):
+                open_store(tmp_path)
 
 
 def test_folder_of_another_kind_is_refused(tmp_path: Path) -> None:

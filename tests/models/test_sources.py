@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from campaign.guided_shards import tiny_gguf
 from d2llm.core.errors import MissingExtraError, ModelError, ModelNotFoundError
 from d2llm.methods.backbones.gguf import GGUF
 from d2llm.models import sources
@@ -142,6 +143,26 @@ def test_a_failed_conversion_leaves_no_files(monkeypatch, tmp_path):
         locate_model(str(path), cache=tmp_path / "cache")
     assert list((tmp_path / "cache").rglob("config.json")) == []
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (lambda whole: whole[:516], "unpack_from requires a buffer"),
+        (lambda whole: whole.replace(b"blk.0.ffn_up", b"blk.0.ffn_xx"), "lacks 1 weights: model.layers.0.mlp.up_proj"),
+        (lambda whole: whole.replace(b"head_count\4\0\0\0\2", b"head_count\4\0\0\0\3"), "Class validation error"),
+    ],
+)
+def test_a_damaged_gguf_is_one_error(tmp_path, changed, problem):
+    """``campaign/guided_shards.py`` has a whole one."""
+    whole = tiny_gguf()
+    (tmp_path / "a.gguf").write_bytes(whole)
+    GGUF.convert(tmp_path / "a.gguf", tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    assert changed(whole) != whole
+    (tmp_path / "a.gguf").write_bytes(changed(whole))
+    with pytest.raises(ModelError, match=f"a.gguf: cannot be read as a GGUF model \\(.*{problem}"):
+        GGUF.convert(tmp_path / "a.gguf", tmp_path / "damaged")
 
 
 def test_a_missing_gguf_is_reported(tmp_path):

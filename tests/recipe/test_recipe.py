@@ -247,6 +247,7 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: st
         ({"data": [{"task": "symmetric"}]}, "data.0.path is missing; set it"),
         ({"data": {"path": "a"}}, "data is {'path': 'a'} (dict), but must be a list of tables: write [[data]]"),
         ({"training": 5}, "training is 5 (int), but must be a table: write [training]"),
+        ({"seed": 10**19}, "seed is 10000000000000000000, but must be at most 1e+18"),
         *(
             ({"name": name}, f"name: must be the name of a folder, without / and \\ (got {name!r})")
             for name in ("../../a", "/a", "..", "a\\b", "a\x1b[31m", "a\u202eb", "")
@@ -294,6 +295,7 @@ def test_all_problems_are_named_at_once():
         ),
         (b"name = '\xff'", "not valid UTF-8 .byte 8."),
         ("epochs = 3", "unknown key 'epochs'"),
+        ("student = { interaction = { hidden_dim = 9223372036854775808 } }", "a whole number has 65 bits, but TOML's"),
     ],
 )
 def test_errors_of_a_file_name_the_file(tmp_path: Path, text: str | bytes | None, problem: str):

@@ -12,6 +12,7 @@ _WORDS = re.compile(
     r"could not create a (?:primitive|memory)"  # oneDNN, below torch's products
     r"|(?:can.?t|cannot|could ?n.t|could not|unable to|failed to|fails to) (?:re)?allocate"  # torch, LLVM, ONNX Runtime
     r"|(?:out of|not enough|insufficient|running low on) memory"  # SQLite, CUDA, torch on Windows, Ray
+    r"|storage size calculation overflowed"  # torch, of more than 64 bits can count
     r"|\bbad.?alloc"  # C++: OpenVINO, faiss
     r"|unable to mmap|failed to map segment"  # torch, the loader of libraries
     r"|can't start new thread|failed to (?:spawn|create) thread|resource temporarily unavailable"  # no memory for it

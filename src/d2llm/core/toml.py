@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from d2llm.core.errors import InputError
 
@@ -36,6 +37,19 @@ def toml_value(word: str) -> Any:
 def parse_toml(text: str, *, where: str, error: type[InputError] = InputError) -> dict[str, Any]:
     """The contents of a text in TOML; ``where`` names its origin in an ``error``."""
     try:
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except (ValueError, RecursionError) as cause:
         raise error(f"{where}: not valid TOML: {cause}; correct it there") from cause
+    if bits := next(_beyond_64_bits(values), None):
+        raise error(f"{where}: a whole number has {bits} bits, but TOML's have 64 at most; correct it there")
+    return values
+
+
+def _beyond_64_bits(value: object) -> Iterator[int]:
+    """The bits of whole numbers that Python reads and TOML, torch and NumPy do not have."""
+    if isinstance(value, dict | list):
+        found = cast("dict[str, object] | list[object]", value)
+        for item in found.values() if isinstance(found, dict) else found:
+            yield from _beyond_64_bits(item)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield value.bit_length() + 1

@@ -44,7 +44,7 @@ class Recipe(Section):
     """
 
     name: str = "unnamed"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=10**18)
     student: StudentConfig = Field(default_factory=StudentConfig)
     teacher: TeacherConfig = AutoTeacherConfig()
     teacher_tuning: TeacherTuningConfig = TeacherTuningConfig()

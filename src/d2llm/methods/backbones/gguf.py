@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from d2llm.core.errors import ModelError
 from d2llm.core.extras import require
@@ -31,7 +32,12 @@ class GGUF(BackboneConfig, kind="gguf"):
 def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False, output_loading_info=True
+    )
+    quantised, report = read
+    if missing := sorted(report["missing_keys"]):  # they would be random
+        raise ValueError(f"it lacks {len(missing)} weights: {', '.join(missing[:3])}")
     config = copy.deepcopy(quantised.config)
     # A model loaded from a GGUF file cannot be saved while its configuration says that it is quantised.
     vars(config).pop("quantization_config", None)

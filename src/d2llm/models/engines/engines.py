@@ -266,6 +266,10 @@ def _onnx_runtime(file: Path, dtype: torch.dtype) -> _Run:
     return run
 
 
+_UNWRITTEN = np.uint32(0x7FC0D2D2)
+"""Bits of a NaN that no product has: it is put where OpenVINO (2026.4) writes, which else returns an older answer."""
+
+
 def _openvino(file: Path, dtype: torch.dtype) -> _Run:
     openvino: Any = require_openvino("the engine openvino")
     settings = {
@@ -279,17 +283,27 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
     # the next signal that this thread handles (Ctrl-C in the main thread) would kill the process.
     with ThreadPoolExecutor(max_workers=1) as thread:
         compiled = thread.submit(lambda: openvino.Core().compile_model(str(file), "CPU", settings)).result()
-    thread_state = local()  # an infer request serves one caller at a time
+    thread_state, broken = local(), list[Any]()  # an infer request serves one caller at a time
 
-    def run(ids: np.ndarray, mask: np.ndarray) -> ReadTexts:
+    def infer(ids: np.ndarray, mask: np.ndarray) -> ReadTexts:
         if not hasattr(thread_state, "request"):
             thread_state.request = compiled.create_infer_request()
         read = thread_state.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)
-        return ReadTexts(*(read[name] for name in ReadTexts._fields))
+        texts = ReadTexts(*(read[name] for name in ReadTexts._fields))
+        thread_state.request.get_tensor("vectors").data.view(np.uint32)[:, :1] = _UNWRITTEN
+        return texts
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> ReadTexts:
+        texts = infer(ids, mask)
+        if len(texts.vectors) != len(ids) or (texts.vectors.view(np.uint32)[:, :1] == _UNWRITTEN).any():
+            broken.append(thread_state.request)  # it computes nothing any more, and would crash if it were freed
+            del thread_state.request
+            raise MemoryError("OpenVINO computed nothing, and raised nothing, as it does where memory is lacking")
+        return texts
 
     # Run once in one thread: two threads that create OpenVINO's first tensors at the same time deadlock, because one
     # waits for the GIL while it holds the lock of a C++ static that the other waits for.
-    first = run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
+    first = infer(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
     if len(first.vectors) != 1:  # seen with 8-bit weights and a lower ISA
         raise ModelError(
             "OpenVINO returns no vector for a text with this student on this CPU; unset ONEDNN_MAX_CPU_ISA if it is "
