@@ -105,8 +105,6 @@ _ORIGIN = _only(
 )
 _LIST = BeforeValidator(_split)
 _PROXY = _only(_is_network, "write IP addresses, or networks as in 10.0.0.0/8; names are not looked up")
-_HIDDEN = Shown(python_only=True)
-
 Count = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -212,7 +210,10 @@ class ServeSettings(BaseModel):
     max_document_chars: Count = Field(
         default=4_000_000, description="Maximum length of a document, which is split into passages, in characters."
     )
-    ocr: str | None = narrowed(ReadingSettings, "ocr", _HIDDEN, note="by default eng if tesseract is installed")
+    ocr: str | None = Field(
+        default=None,
+        description=f"{ReadingSettings.model_fields['ocr'].description} By default eng if tesseract is installed.",
+    )
     max_top_k: Count = Field(default=1_000, description="Maximum number of passages per answer.")
     max_num_candidates: Count = Field(default=10_000, description="Maximum number of candidates per search.")
     max_context_tokens: Count = Field(default=32_000, description="Maximum number of tokens of a context.")
@@ -277,6 +278,9 @@ class ServeSettings(BaseModel):
         """``allowed_hosts``, plus ``host`` unless it is a wildcard address."""
         own_address = () if self.host in _WILDCARD_ADDRESSES else (self.host,)
         return tuple(dict.fromkeys((*self.allowed_hosts, *own_address)))
+
+
+_HIDDEN = Shown(python_only=True)
 
 
 class AgentSettings(ServeSettings):
