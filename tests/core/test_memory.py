@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sqlite3
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 
 from d2llm.core.errors import DataFormatError, IndexLockedError, InputError
 from d2llm.core.memory import out_of_memory
+from prepared_process import PreparedProcess, script
 
 TOO_MANY = 1 << 60
 """Bytes that no machine has."""
@@ -30,17 +30,31 @@ def of_python() -> object:
     return bytearray(TOO_MANY)
 
 
-def of_sqlite() -> object:
-    connection = sqlite3.connect(":memory:")
+OF_SQLITE = """
+import sqlite3
+from d2llm.core.memory import out_of_memory
+
+connection = sqlite3.connect(":memory:")
+try:
     connection.execute("PRAGMA hard_heap_limit = 1")
-    return connection.execute("SELECT randomblob(1000000)").fetchall()
+    connection.execute("SELECT randomblob(1000000)").fetchall()
+except Exception as error:
+    print(out_of_memory(error))
+"""
 
 
-@pytest.mark.parametrize("allocate", [of_numpy, of_torch, of_python, of_sqlite])
+@pytest.mark.parametrize("allocate", [of_numpy, of_torch, of_python])
 def test_what_libraries_raise(allocate):
     with pytest.raises(Exception) as raised:
         allocate()
     assert (out_of_memory(raised.value) or "").startswith("memory ran out")
+
+
+def test_what_sqlite_raises():
+    """In a process of its own: the limit holds for all connections, until the process ends."""
+    with PreparedProcess(script, OF_SQLITE) as process:
+        assert process.wait() == 0, process.errors
+        assert process.output.startswith("memory ran out")
 
 
 @pytest.mark.parametrize(

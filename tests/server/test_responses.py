@@ -1,9 +1,11 @@
-"""Large answers are made and serialized beside the event loop."""
+"""Answers: large ones are made and serialized beside the event loop, and what the machine lacks is said."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import threading
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
+from d2llm.core.errors import DataFormatError
+from d2llm.server.errors import problem_for_client
 from d2llm.server.response_schemas import response_of
 
 
@@ -50,3 +54,24 @@ def test_others_work_while_vectors_are_serialized():
 
     pauses = [asyncio.run(main()) for _ in range(3)]
     assert min(longest / whole for longest, whole in pauses) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        (errno.EMFILE, 503, "too many files open"),
+        (errno.ENFILE, 503, "too many files open"),
+        (errno.ENOSPC, 507, "disk is full"),
+        (errno.EFBIG, 507, "disk is full"),
+        (errno.EIO, 500, "internal error"),
+    ],
+)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_what_the_machine_lacks_is_said(code: int, status: int, words: str, is_wrapped: bool):
+    """Also where a file that could not be opened was taken for damaged; no path is shown."""
+    error: Exception = OSError(code, os.strerror(code), "/secret/manifest.json")
+    if is_wrapped:
+        error, error.__cause__ = DataFormatError("x", "cannot be read"), error
+    problem = problem_for_client(error)
+    assert (problem.status, "secret" in problem.message) == (status, False)
+    assert words in problem.message

@@ -25,7 +25,10 @@ _OTHER_NAMES = {
 }  # of IndexSpec; the options are task (of several verbs), field, shards
 
 _COMMON = {
-    "Files of documents": (*ReadingSettings.model_fields, "no_metadata", "lenient_metadata"),
+    "Files of documents": (
+        *(name for name in ReadingSettings.model_fields if name != "max_bytes"),  # of Python alone
+        *("no_metadata", "lenient_metadata"),
+    ),
     "Passages": ("chunk_tokens", "chunk_overlap", "late", "late_window", "whole"),
     "A new index": (*(name for name in IndexSpec.model_fields if name not in _OTHER_NAMES), "field", "shards", "prune"),
     "Language model that writes": ("writer", "endpoint", "api_key_env"),

@@ -39,7 +39,7 @@ def out_of_memory(error: BaseException) -> str | None:
     None if it says nothing of it. What d2llm says itself of a file that could not be read then, as that it is damaged,
     is left out, but not its name.
     """
-    for cause in _chain(error):
+    for cause in causes(error):
         if _says_so(cause):
             name = f"{error.path}: " if isinstance(error, DataFormatError) else ""
             text = name + (" ".join(str(cause).split()) or type(cause).__name__)
@@ -47,7 +47,8 @@ def out_of_memory(error: BaseException) -> str | None:
     return None
 
 
-def _chain(error: BaseException | None) -> Generator[BaseException]:
+def causes(error: BaseException | None) -> Generator[BaseException]:
+    """An error, and those that led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import re
@@ -29,7 +30,8 @@ from d2llm.core.errors import (
     ShardAwayError,
     StorageError,
 )
-from d2llm.core.memory import out_of_memory
+from d2llm.core.files import TOO_LITTLE
+from d2llm.core.memory import causes, out_of_memory
 from d2llm.core.problems import requirement
 from d2llm.server.logs import current_facts
 from d2llm.store.index_manifest import require_index
@@ -67,7 +69,7 @@ _NO_MEMORY = (
     "the server ran out of memory; try again later, with fewer or shorter texts, or give the server more memory or a "
     "smaller batch_tokens"
 )
-_PAUSE_WITHOUT_MEMORY = 5.0
+_PAUSE = 5.0
 _KINDS: dict[int, ProblemKind] = {
     401: "unauthorized",
     403: "forbidden",
@@ -226,15 +228,18 @@ def problem_for_client(error: Exception) -> Problem:
     if isinstance(error, ServingError):
         return error.problem
     if out_of_memory(error) is not None:
-        return Problem(503, "overloaded", _NO_MEMORY, retry_after=_PAUSE_WITHOUT_MEMORY)
+        return Problem(503, "overloaded", _NO_MEMORY, retry_after=_PAUSE)
+    codes = {cause.errno for cause in causes(error) if isinstance(cause, OSError)}
+    if codes & {errno.EMFILE, errno.ENFILE}:
+        return Problem(503, "overloaded", "the server has too many files open; try again", retry_after=_PAUSE)
+    if codes & TOO_LITTLE:
+        return Problem(507, "internal", "the server's disk is full")
     if isinstance(error, RequestValidationError):
         return _problem_of_validation(error)
     if isinstance(error, HTTPException):
         kind = _KINDS.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal")
         return Problem(error.status_code, kind, str(error.detail), headers=error.headers)
-    if isinstance(error, IndexLockedError):
-        return Problem(503, "not_ready", str(error), retry_after=1.0)
-    if isinstance(error, ShardAwayError):
+    if isinstance(error, IndexLockedError | ShardAwayError):
         return Problem(503, "not_ready", str(error), retry_after=1.0)
     if is_clients(error):
         return Problem(400, "invalid_request", str(error))
