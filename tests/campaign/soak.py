@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import threading
 import time
@@ -36,6 +37,8 @@ OWNED = 30  # of each client, at most
 SECONDS_OF_START = 300.0  # after which memory may not grow by more than
 GROWTH = 1.25
 KEPT = timedelta(seconds=30)
+PAUSE = float(os.environ.get("D2LLM_SOAK_PAUSE", "0"))
+"""Seconds that a client waits before a request, on average: without, the server always has eight at once."""
 
 
 class Client:
@@ -65,6 +68,8 @@ class Client:
             time.sleep(0.05)
 
     def step(self, chance: random.Random) -> None:
+        if PAUSE:
+            time.sleep(PAUSE * chance.expovariate(1))
         actions = [self.write, self.delete, self.search_own, self.get, self.unchanged]
         chance.choices(actions, [2, 1, 16, 4, 37])[0](chance)
 
