@@ -12,9 +12,9 @@ from d2llm.core.errors import Terminated
 
 
 class StopSignals:
-    """Lets Ctrl-C and SIGTERM stop a training loop at once, but not in the middle of a change of its state.
+    """Lets Ctrl-C and SIGTERM stop work such as a training at once, but not in the middle of a change of its state.
 
-    Inside the block both raise ``KeyboardInterrupt`` (SIGTERM its subclass ``Terminated``), so that the loop can write
+    Inside the block both raise ``KeyboardInterrupt`` (SIGTERM its subclass ``Terminated``), so that the work can write
     a checkpoint; a ``held`` block is finished first. Another one is ignored until the end of the block, because it
     would keep the checkpoint from being written. Signal handlers that the caller has installed are left alone, and
     outside the main thread nothing is done.

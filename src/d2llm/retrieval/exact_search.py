@@ -106,19 +106,20 @@ def certified_top_k(
             return early
     rows = view.live_rows(allowed)
     dots, bound = _pass(view, student, scorer, scorer.dot_query, cached)
-    final, highest = _finals(row_scorer, dots, bound), dots[rows]
+    final, products, widths = _finals(row_scorer, dots, bound), dots[rows], bound[rows]
+    uppers = products + widths
     if score_features is not None and len(rows):
+        others = uppers
 
         def needed_of(words: NDArray[np.float32]) -> NDArray[np.float32]:
             """What the features of each row must add for it to be among the best ``top_k``, at least."""
-            others = highest + bound[rows]
             first = top_rows(check_scores(others + words), max(_FIRST_SCORED, top_k), None)
             scores = check_scores(final(np.sort(rows[first])))
             known = np.partition(scores, -top_k)[-top_k] if len(scores) >= top_k else -math.inf
             return np.float32(max(known, clock.floor)) - others
 
-        highest = highest + score_features.bounds(rows, needed_of)
-    uppers = check_scores(highest + bound[rows])
+        uppers = products + score_features.bounds(rows, needed_of) + widths
+    check_scores(uppers)
     blocks = from_the_highest(uppers, max(_MAX_SCORED, top_k))
     result = _score_from_the_top(view, rows, uppers, blocks, final, top_k, clock)
     return result._replace(dots=dots[result.rows])

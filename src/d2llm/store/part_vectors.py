@@ -135,11 +135,16 @@ class PartVectors:
             scores[nonempty] = multiplier.scale * best + multiplier.shift.sum()
             return scores
         for block in _blocks(counts):
-            products = multiplier.multiply(self.codes[ranges(starts[block], counts[block])])
-            firsts = np.cumsum(counts[block]) - counts[block]
-            sums = np.maximum.reduceat(products, firsts, axis=0).sum(axis=1, dtype=np.float64)
+            sums = self._highest(multiplier, starts[block], counts[block]).sum(axis=1, dtype=np.float64)
             scores[nonempty[block]] = multiplier.scale * sums + multiplier.shift.sum()
         return scores
+
+    def _highest(
+        self, multiplier: Multiplier, starts: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> NDArray[np.floating[Any]]:
+        """The highest product of each query with a part of each of some rows with parts [n, m], before its scale."""
+        products = multiplier.multiply(self.codes[ranges(starts, counts)])
+        return np.maximum.reduceat(products, np.cumsum(counts) - counts, axis=0)
 
     def _best_by_loop(
         self,
@@ -152,23 +157,19 @@ class PartVectors:
         """``sum_of_best`` in whole numbers, of rows with parts."""
         whole, bits = multiplier.whole, multiplier.bits
         assert whole is not None
-        left, least = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        left = least = np.zeros(0, np.int64)
         if needed is not None:
             norms = np.linalg.norm(whole.astype(np.float64), axis=1)
             most = norms * self._largest_norm(kernels, bits) + (2**bits - 1) / 2 * whole.sum(axis=1, dtype=np.int64)
             # First those that add least to most rows, of which some stand for all.
             some = slice(None, None, -(-len(starts) // _SAMPLED))
-            firsts = np.cumsum(counts[some]) - counts[some]
-            products = multiplier.multiply(self.codes[ranges(starts[some], counts[some])])
-            order = np.argsort(np.maximum.reduceat(products, firsts, axis=0).mean(axis=0) - most, kind="stable")
-            whole, left = whole[order], np.ceil(most[order] + 1).astype(np.int64)
+            order = np.argsort(self._highest(multiplier, starts[some], counts[some]).mean(axis=0) - most, kind="stable")
+            whole, most = whole[order], np.ceil(most[order] + 1).astype(np.int64)
+            by_block = np.add.reduceat(most, np.arange(0, len(most), kernels.LANES))
+            left = np.append(np.cumsum(by_block[::-1])[::-1], 0)
             least = np.clip(np.floor(needed), -_NEVER, _NEVER).astype(np.int64)
-        queries = kernels.arranged(whole, bits)
-        by_block = np.zeros(len(queries) * kernels.LANES, np.int64)
-        by_block[: len(left)] = left
-        left = np.append(np.cumsum(by_block.reshape(len(queries), -1).sum(axis=1)[::-1])[::-1], 0)
         best = np.empty(len(starts), np.int64)
-        kernels.sum_of_best(self.codes, starts, counts, queries, bits, left, least, best)
+        kernels.sum_of_best(self.codes, starts, counts, kernels.arranged(whole, bits), bits, left, least, best)
         return best
 
     def _largest_norm(self, kernels: Any, bits: int) -> float:

@@ -243,8 +243,8 @@ def sum_of_best(
         counts: [n] its number of parts, at least 1.
         queries: those ``arranged`` for these bits; all products with a part are below 2^31.
         bits: 4 or 8.
-        left: [blocks + 1] the most that the queries of each block and those after it add to a sum.
-        needed: [n], or empty: all sums are of interest.
+        left: [blocks + 1] the most that the queries of each block and those after it add to a sum; or empty.
+        needed: [n]; or empty: all sums are of interest.
         sums: [n] gets the sums.
     """
     width, quads = codes.shape[1], queries.shape[2]
@@ -274,7 +274,7 @@ def sum_of_best(
                     _raise_best(read, queries, block, factor, best)
             for product in best[LANES * first : LANES * done]:
                 total += product
-        sums[row] = total + left[done]
+        sums[row] = total + left[done] if len(needed) else total
 
 
 @compiled(types.int64(read_only(types.uint8, 2), types.int64))
