@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
-from d2llm.core.errors import DataFormatError
+from d2llm.core.errors import DataFormatError, StorageError
 from d2llm.server.errors import problem_for_client
 from d2llm.server.response_schemas import response_of
 
@@ -75,3 +75,10 @@ def test_what_the_machine_lacks_is_said(code: int, status: int, words: str, is_w
     problem = problem_for_client(error)
     assert (problem.status, "secret" in problem.message) == (status, False)
     assert words in problem.message
+
+
+def test_what_the_store_says_is_kept():
+    error = StorageError("the index cannot be written: no space left")
+    error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    problem = problem_for_client(error)
+    assert (problem.status, problem.message) == (507, str(error))

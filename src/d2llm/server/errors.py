@@ -227,13 +227,8 @@ def problem_for_client(error: Exception) -> Problem:
     """The ``Problem`` that a client sees for an exception; messages not meant for clients are left out."""
     if isinstance(error, ServingError):
         return error.problem
-    if out_of_memory(error) is not None:
-        return Problem(503, "overloaded", _NO_MEMORY, retry_after=_PAUSE)
-    codes = {cause.errno for cause in causes(error) if isinstance(cause, OSError)}
-    if codes & {errno.EMFILE, errno.ENFILE}:
-        return Problem(503, "overloaded", "the server has too many files open; try again", retry_after=_PAUSE)
-    if codes & TOO_LITTLE:
-        return Problem(507, "internal", "the server's disk is full")
+    if (lacking := _what_lacks(error)) is not None:
+        return lacking
     if isinstance(error, RequestValidationError):
         return _problem_of_validation(error)
     if isinstance(error, HTTPException):
@@ -251,6 +246,18 @@ def problem_for_client(error: Exception) -> Problem:
         remedy = "on the server, `d2llm index INDEX verify --repair` mends what it can"
         return Problem(500, "internal", f"a file of the index is damaged or missing; {remedy}")
     return Problem(500, "internal", "internal error; the server's log has the reason under this request's id")
+
+
+def _what_lacks(error: Exception) -> Problem | None:
+    """What a machine with too little memory, disk or open files says; None if it is not why there is an error."""
+    if out_of_memory(error) is not None:
+        return Problem(503, "overloaded", _NO_MEMORY, retry_after=_PAUSE)
+    if isinstance(error, StorageError):  # says itself what it could not do, and why
+        return None
+    codes = {cause.errno for cause in causes(error) if isinstance(cause, OSError)}
+    if codes & {errno.EMFILE, errno.ENFILE}:
+        return Problem(503, "overloaded", "the server has too many files open; try again", retry_after=_PAUSE)
+    return Problem(507, "internal", "the server's disk is full") if codes & TOO_LITTLE else None
 
 
 def log_failure(what: str, error: Exception, status: int) -> None:

@@ -165,9 +165,8 @@ class ModelService:
     def start(self) -> None:
         """Start the workers; call it in the event loop."""
         if self.student.backbone.reads_tokens:
-            self.student.tokenize(
-                ["two", "texts"], "query"
-            )  # makes its threads; later, without memory, it waits for ever
+            # The first batch makes the tokenizer's threads; without memory for them it would wait for ever.
+            self.student.tokenize(["two", "texts"], "query")
         self._texts.start()
 
     async def stop(self, timeout: float | None = None) -> None:
