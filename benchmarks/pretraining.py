@@ -16,7 +16,6 @@ Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; nothing that was trained
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -25,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from scaling.data_sets import DATA, require
-from untrained import SETS, ndcg, sample
+from untrained import SETS, ndcg, sample, sample_parser
 
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.student import Student
@@ -107,14 +106,11 @@ def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sample_parser(__doc__)
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--texts", type=int, default=1_000, help="passages of squad-sent, and queries of each set")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--passages", type=int, default=1_000)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
     require(*(DATA / name for name in SETS))
     data = {name: read_beir(DATA / name) for name in SETS}

@@ -19,7 +19,6 @@ Licences: QNLI and squad-sent CC BY-SA 4.0, banking77 CC BY 4.0, wikiqa for rese
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from scaling.data_sets import DATA, require
-from untrained import make_student, ndcg, sample
+from untrained import make_student, ndcg, sample, sample_parser
 
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset, read_beir
@@ -122,14 +121,11 @@ def rows_by_width(samples: Samples) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sample_parser(__doc__)
     parser.add_argument("--students", nargs="*", default=[], help="folders of trained students to cut")
     parser.add_argument("--neurons", type=Path, help="measure minilm with fewer neurons, and keep it in this folder")
     parser.add_argument("--distilled", nargs="*", default=[], help="folders of trained students to measure as they are")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=("qnli", "banking77"))
-    parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--passages", type=int, default=1_000)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     require(*(DATA / name for name in arguments.sets))

@@ -13,7 +13,6 @@ Licences: squad-sent, covidqa CC BY-SA 4.0 and Apache-2.0, banking77 CC BY 4.0; 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -25,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from scaling.data_sets import DATA, require
-from untrained import make_student, ndcg, sample
+from untrained import make_student, ndcg, sample, sample_parser
 
 from d2llm.data.beir import read_beir
 from d2llm.models.backbone import Backbone
@@ -44,10 +43,7 @@ def seconds_to_encode(student: Student, texts: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--passages", type=int, default=500)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser = sample_parser(__doc__, num_passages=500)
     arguments = parser.parse_args()
     require(*(DATA / name for name in SETS))
     data = {name: read_beir(DATA / name, splits=["dev"]) for name in SETS}

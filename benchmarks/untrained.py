@@ -61,6 +61,15 @@ def sample(data: Dataset, num_queries: int, num_passages: int) -> tuple[dict[str
     )
 
 
+def sample_parser(description: str | None, *, num_passages: int = 1_000) -> argparse.ArgumentParser:
+    """The arguments that say how much of each set is measured, and where figures go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--passages", type=int, default=num_passages)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    return parser
+
+
 def make_student(
     model: str,
     pooling: Pooling | None = None,
@@ -168,12 +177,9 @@ def rows_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sample_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=[*KEPT], choices=[*KEPT])
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS)
-    parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--passages", type=int, default=1_000)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
     require(*(DATA / name for name in SETS))
     data = {name: read_beir(DATA / name, splits=["dev"]) for name in SETS}

@@ -12,7 +12,6 @@ Licences: squad-sent CC BY-SA 4.0, cmrc2018 CC BY-SA 4.0; they are only measured
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from scaling.data_sets import DATA, require
-from untrained import ndcg, sample
+from untrained import ndcg, sample, sample_parser
 
 from d2llm.core.files import folder_bytes
 from d2llm.data.beir import read_beir
@@ -31,10 +30,7 @@ SETS = ("squad-sent", "cmrc2018")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--passages", type=int, default=1_000)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser = sample_parser(__doc__)
     arguments = parser.parse_args()
     require(*(DATA / name for name in SETS))
     student = Student.load("d2llm-multilingual", device="cpu", dtype="float32")

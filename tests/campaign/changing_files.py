@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from attacked_server import AttackedServer
-from campaign.frame import Draw, Outcome, Row, main
+from campaign.frame import Draw, Outcome, Row, main, served_cases
 from campaign.malformed_files import FILES, TEXTS, outcome_of
 from d2llm.data.documents import find_documents
 from tiny_server import write_tiny_index
@@ -170,25 +170,8 @@ def _documents(folder: Path, chance: random.Random) -> Outcome:
 @contextmanager
 def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
     torch.set_num_threads(1)  # its threads would not be there in a fork
-    (folder / "served").mkdir()
-    served = Served(folder / "served")
-
-    def case(chance: Draw) -> Outcome:
-        nonlocal served
-        if chance.random() < 0.3:
-            return _documents(folder, chance)
-        outcome = served.case(chance)
-        if outcome.fault:  # another server, so that one fault is not counted again
-            served.server.close()
-            shutil.rmtree(folder / "served")
-            (folder / "served").mkdir()
-            served = Served(folder / "served")
-        return outcome
-
-    try:
-        yield case
-    finally:
-        served.server.close()
+    with served_cases(folder, Served) as served:
+        yield lambda chance: _documents(folder, chance) if chance.random() < 0.3 else served(chance)
 
 
 ROW = Row("changing_files", "F5", 300, prepare)

@@ -12,17 +12,19 @@ import json
 import random
 import re
 import resource
+import shutil
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from attacked_server import AttackedServer
 from d2llm.core.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "campaign"
@@ -68,6 +70,44 @@ class Row:
     id: str
     full: int
     prepare: Callable[[Path], AbstractContextManager[Callable[[Draw], Outcome]]]
+
+
+class CasesOfServer(Protocol):
+    """A server in a folder, and its cases."""
+
+    server: AttackedServer
+
+    def case(self, chance: Draw) -> Outcome: ...
+
+
+@contextmanager
+def served_cases(folder: Path, start: Callable[[Path], CasesOfServer]) -> Iterator[Callable[[Draw], Outcome]]:
+    """The cases of a server below a folder; after a fault of another one, so that none is counted again."""
+    place = folder / "served"
+
+    def begin() -> CasesOfServer:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        return start(place)
+
+    served = begin()
+
+    def case(chance: Draw) -> Outcome:
+        nonlocal served
+        has_fault = True
+        try:
+            outcome = served.case(chance)
+            has_fault = bool(outcome.fault)
+            return outcome
+        finally:
+            if has_fault:
+                served.server.close()
+                served = begin()
+
+    try:
+        yield case
+    finally:
+        served.server.close()
 
 
 @dataclass

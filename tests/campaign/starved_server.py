@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import random
 import resource
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from attacked_server import AttackedServer
-from campaign.changing_files import CHANGING, REQUESTS, answer_of, essence
-from campaign.frame import Draw, Outcome, Row, main
+from campaign.changing_files import CHANGING, REQUESTS, Served, answer_of, essence
+from campaign.frame import Draw, Outcome, Row, main, served_cases
 from tiny_models import TEXTS
-from tiny_server import write_tiny_index
 
 FILES, DISK = "open files", "disk"
 KINDS = {FILES: resource.RLIMIT_NOFILE, DISK: resource.RLIMIT_FSIZE}
@@ -46,20 +44,13 @@ def _limit(pid: int, kind: str, chance: random.Random) -> tuple[int, int]:
     return before
 
 
-class Starved:
+class Starved(Served):
     """A server on an index, what it answers, and which passages clients know to be there."""
 
     def __init__(self, folder: Path) -> None:
-        self.index, self.folder = write_tiny_index(folder), folder
+        super().__init__(folder)
         self.known: dict[str, str] = {}
         self.num_writes = 0
-        self.server = AttackedServer(self.index, reload_seconds=0.2)
-        self.expected = {name: essence(name, self._right(name)) for name in CHANGING}
-
-    def _right(self, name: str) -> Any:
-        status, body = answer_of(self.server, name)
-        assert status == 200, f"{name}: {status} {str(body)[:500]}"
-        return body
 
     def _asked(self, name: str) -> str:
         """What is wrong with an answer."""
@@ -98,7 +89,7 @@ class Starved:
             self.server.request("DELETE", f"/v1/passages/w{number + 1}")
         self.num_writes = 0
         self.known.clear()
-        return wrong + [name for name in CHANGING if essence(name, self._right(name)) != self.expected[name]]
+        return wrong + [name for name in CHANGING if essence(name, self.right(name)) != self.expected[name]]
 
     def case(self, chance: random.Random) -> Outcome:
         kind = chance.choice([*KINDS])
@@ -117,32 +108,8 @@ class Starved:
         return Outcome(f"little {kind}", "\n".join(found))
 
 
-@contextmanager
-def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
-    def start() -> Starved:
-        shutil.rmtree(folder / "served", ignore_errors=True)
-        (folder / "served").mkdir()
-        return Starved(folder / "served")
-
-    starved = start()
-
-    def case(chance: Draw) -> Outcome:
-        nonlocal starved
-        try:
-            outcome = starved.case(chance)
-        except BaseException:
-            starved.server.close()
-            starved = start()
-            raise
-        if outcome.fault:  # another server, so that one fault is not counted again
-            starved.server.close()
-            starved = start()
-        return outcome
-
-    try:
-        yield case
-    finally:
-        starved.server.close()
+def prepare(folder: Path) -> AbstractContextManager[Callable[[Draw], Outcome]]:
+    return served_cases(folder, Starved)
 
 
 ROW = Row("starved_server", "F7", 20, prepare)
