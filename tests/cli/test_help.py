@@ -84,7 +84,7 @@ def test_every_group_is_of_an_option_that_there_is():
 
 def test_ranges_are_said_in_words_and_still_checked():
     assert "for example 0.5. From 0 to 1." in " ".join(help_of(("search",)).replace("│", " ").split())
-    assert "At least 8." in " ".join(help_of(("encode",)).replace("│", " ").split())
+    assert "At least 64." in " ".join(help_of(("encode",)).replace("│", " ").split())
     for options in (("--hybrid", "2"), ("--top-k", "0"), ("--mmr", "-0.1")):
         result = CliRunner().invoke(app, ["search", "x", "y", *options])
         assert result.exit_code == 2

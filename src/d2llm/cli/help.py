@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from d2llm.core.settings import shown_as
 from d2llm.data.settings import ReadingSettings
 from d2llm.store.index_spec import IndexSpec
 
@@ -26,7 +27,7 @@ _OTHER_NAMES = {
 
 _COMMON = {
     "Files of documents": (
-        *(name for name in ReadingSettings.model_fields if name != "max_bytes"),  # of Python alone
+        *(name for name, field in ReadingSettings.model_fields.items() if not shown_as(field).python_only),
         *("no_metadata", "lenient_metadata"),
     ),
     "Passages": ("chunk_tokens", "chunk_overlap", "late", "late_window", "whole"),

@@ -44,7 +44,8 @@ class ReadingSettings(Settings):
     )
     memory_per_file: int = setting(
         2 << 30,
-        "Skip documents that take more memory to read (Linux): bytes in Python, megabytes on the command line.",
+        "Skip documents that take more memory to read (Linux): bytes in Python, megabytes on the command line. "
+        "At least 64.",
         Shown(option="file_memory", metavar="MB", default="2048, which is 2 GiB", parse=_megabytes),
         ge=64 << 20,
     )

@@ -526,6 +526,6 @@ class Run(OpenRun):
             closed_gates=self.closed_gates() if self.recipe.losses.imitates else [],
             **self._computing,
         )
-        return (
-            halve(measure, chosen.variants, chosen.epochs or 1, chosen.budget_minutes) if chosen.halving else measure()
-        )
+        if chosen.halving:
+            return halve(measure, chosen.variants, chosen.epochs or 1, chosen.budget_minutes)
+        return measure()
