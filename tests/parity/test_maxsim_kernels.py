@@ -121,10 +121,12 @@ def test_queries_are_arranged_in_blocks_and_halves():
     queries = np.arange(17 * 5, dtype=np.int8).reshape(17, 5)
     of_pairs, of_bytes = (loops.arranged(queries, bits) for bits in (4, 8))
     num_blocks = 16 // loops.LANES + 1
-    assert of_pairs.shape == (num_blocks, 2, 1, loops.LANES, 4)
-    assert of_pairs[-1, :, 0, 0].tolist() == [[80, 82, 84, 0], [81, 83, 0, 0]]
-    assert of_bytes.shape == (num_blocks, 2, 2, loops.LANES, 4)
-    assert of_bytes[-1, :, 1, 0].tolist() == [[84, 0, 0, 0]] * 2
+    assert of_pairs.shape == (num_blocks, 2, 1, loops.LANES, loops.SIDE, 4)
+    assert of_pairs[-1, :, 0, 0, 0].tolist() == [[80, 82, 84, 0], [81, 83, 0, 0]]
+    assert of_bytes.shape == (num_blocks, 2, 2, loops.LANES, loops.SIDE, 4)
+    assert of_bytes[-1, :, 1, 0, 0].tolist() == [[84, 0, 0, 0]] * 2
+    for queries in (of_pairs, of_bytes):  # once for each token in a register
+        np.testing.assert_array_equal(queries, np.repeat(queries[:, :, :, :, :1], loops.SIDE, axis=4))
     assert not of_pairs[-1, :, :, 1:].any()
 
 

@@ -33,29 +33,35 @@ _CODE: Any = cpu_target.target_context
 _FEATURES = frozenset(_CODE.codegen().magic_tuple()[2].split(","))  # of the processor that is compiled for
 _WIDE = "+avx512bw" in _FEATURES  # registers of 512 bits, else 256
 _VNNI = bool({"+avx512vnni", "+avxvnni"} & _FEATURES)
-LANES = 16 if _WIDE else 8
-"""Tokens of a query that are multiplied at once: the whole numbers of 32 bits in the widest registers there are."""
-_BLOCKS = 1 if _WIDE else 2  # of LANES, multiplied with the same tokens of a passage
-_AT_ONCE = 8 // _BLOCKS  # tokens of a passage that are multiplied at once: sums do not wait for one another
+LANES = 8
+"""Tokens of a query that are multiplied at once, as many as there are whole numbers of 32 bits in 256 bits."""
+SIDE = 2 if _WIDE else 1
+"""Tokens of a passage that are multiplied with each of them in one register, so that the widest registers are full."""
+_BLOCKS = 2  # of LANES, multiplied with the same tokens of a passage
+_ROWS = 4  # registers of tokens of a passage that are multiplied at once: sums do not wait for one another
 _PAIRS = 8  # sums of two products of a number below 16 and a signed one of 8 bits that 16 bits hold
 _BYTES = 16  # of a code that are split at once
 _LOWEST = -(1 << 31)
 _INT8, _INT16, _INT32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-_SUMS, _PAIRS_OF_SUMS = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, 2 * LANES)
-_QUADS = ir.VectorType(_INT8, 4 * LANES)
+_WIDTH = SIDE * LANES  # products in a register
+_SUMS, _PAIRS_OF_SUMS = ir.VectorType(_INT32, _WIDTH), ir.VectorType(_INT16, 2 * _WIDTH)
+_QUADS = ir.VectorType(_INT8, 4 * _WIDTH)
+_OF_TOKENS = ir.IntType(32 * SIDE)  # four numbers of each token in a register
+_OF_CODE = ir.VectorType(_INT8, _BYTES)
 
 
 def arranged(queries: NDArray[np.int8], bits: int) -> NDArray[np.int8]:
-    """Queries [m, dim] as ``sum_of_best`` reads them: [m / LANES, 2, quads, LANES, 4], filled up with zeros.
+    """Queries [m, dim] as ``sum_of_best`` reads them: [m / LANES, 2, quads, LANES, SIDE, 4], filled up with zeros.
 
-    The two halves are those of codes of so many ``bits``.
+    The two halves are those of codes of so many ``bits``. Each quad stands there once for each token in a register.
     """
     halves = (queries[:, ::2], queries[:, 1::2]) if bits == 4 else (queries, queries)
     blocks, quads = -(-len(queries) // LANES), -(-halves[0].shape[1] // 4)
     filled = np.zeros((blocks * LANES, 2, 4 * quads), np.int8)
     for index, half in enumerate(halves):
         filled[: len(half), index, : half.shape[1]] = half
-    return np.ascontiguousarray(filled.reshape(blocks, LANES, 2, quads, 4).transpose(0, 2, 3, 1, 4))
+    arranged = filled.reshape(blocks, LANES, 2, quads, 1, 4).transpose(0, 2, 3, 1, 4, 5)
+    return np.repeat(arranged, SIDE, axis=4)
 
 
 def _call(builder: Any, name: str, returned: Any, *values: Any) -> Any:
@@ -76,9 +82,10 @@ def _chosen(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
 
 
 def _repeated(builder: Any, value: Any) -> Any:
-    """A whole number of 32 bits in all lanes."""
-    alone = builder.insert_element(ir.Constant(_SUMS, ir.Undefined), value, _INT32(0))
-    return _chosen(builder, alone, [0] * LANES)
+    """A whole number in all lanes of its size."""
+    kind = ir.VectorType(value.type, 32 * _WIDTH // value.type.width)
+    alone = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT32(0))
+    return _chosen(builder, alone, [0] * kind.count)
 
 
 def _sum_of_pairs(builder: Any, numbers: Any, query: Any) -> Any:
@@ -86,9 +93,9 @@ def _sum_of_pairs(builder: Any, numbers: Any, query: Any) -> Any:
     if "+avx2" in _FEATURES:
         name = "llvm.x86.avx512.pmaddubs.w.512" if _WIDE else "llvm.x86.avx2.pmadd.ub.sw"
         return _call(builder, name, _PAIRS_OF_SUMS, numbers, query)
-    wide = ir.VectorType(_INT16, 4 * LANES)
+    wide = ir.VectorType(_INT16, 4 * _WIDTH)
     products = builder.mul(builder.zext(numbers, wide), builder.sext(query, wide))
-    return builder.add(*(_chosen(builder, products, range(start, 4 * LANES, 2)) for start in (0, 1)))
+    return builder.add(*(_chosen(builder, products, range(start, 4 * _WIDTH, 2)) for start in (0, 1)))
 
 
 def _sum_of_two(builder: Any, pairs: Any) -> Any:
@@ -107,7 +114,7 @@ def _sum_of_fours(builder: Any, total: Any, numbers: Any, query: Any) -> Any:
 
 
 def _add_quads(builder: Any, total: Any, numbers: Any, query: Any) -> None:
-    """Add the products of four numbers with four of a query [LANES, 4]; ``total`` has 32 or 16 bits."""
+    """Add the products of four numbers with four of a query [_WIDTH, 4]; ``total`` has 32 or 16 bits."""
     if _VNNI:
         sums = _sum_of_fours(builder, builder.load(total), numbers, query)
     else:
@@ -116,32 +123,58 @@ def _add_quads(builder: Any, total: Any, numbers: Any, query: Any) -> None:
 
 
 @intrinsic
-def _split(typing_context: Any, codes: Any, code: Any, numbers: Any, at: Any) -> Any:  # noqa: ARG001
-    """Write the lower and the higher halves of the bytes of a code to ``numbers`` [2, _AT_ONCE, bytes].
+def _split(typing_context: Any, codes: Any, code: Any, last: Any, numbers: Any, row: Any) -> Any:  # noqa: ARG001
+    """Write the lower and the higher halves of the bytes of codes to a row of ``numbers`` [2, _ROWS, quads, SIDE, 4].
 
-    Written for LLVM, which makes of a loop over 32 bytes a general one that takes longer than all products.
+    They are the codes from ``code`` on, one for each token in a register, and instead of those after the ``last`` that
+    one again. Written for LLVM, which makes of a loop over 32 bytes a general one that takes longer than all products.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target = (
-            context.make_array(signature.args[index])(context, builder, arguments[index]) for index in (0, 2)
+            context.make_array(signature.args[index])(context, builder, arguments[index]) for index in (0, 3)
         )
         width = cgutils.unpack_tuple(builder, source.shape)[1]
+        num_rows, quads = cgutils.unpack_tuple(builder, target.shape)[1:3]
         size = width.type
-        read = builder.gep(source.data, [builder.mul(arguments[1], width)])
-        _, num_rows, room = cgutils.unpack_tuple(builder, target.shape)
-        low = builder.gep(target.data, [builder.mul(arguments[3], room)])
+        starts: list[Any] = []
+        for index in range(SIDE):
+            code = builder.add(arguments[1], size(index))
+            code = builder.select(builder.icmp_signed("<", code, arguments[2]), code, arguments[2])
+            starts.append(builder.gep(source.data, [builder.mul(code, width)]))
+        room = builder.mul(quads, size(4 * SIDE))
+        low = builder.gep(target.data, [builder.mul(arguments[4], room)])
         high = builder.gep(low, [builder.mul(num_rows, room)])
         end = builder.and_(width, size(-_BYTES))
-        for kind, first, last, step in ((ir.VectorType(_INT8, _BYTES), size(0), end, _BYTES), (_INT8, end, width, 1)):
-            with cgutils.for_range_slice(builder, first, last, size(step), intp=size) as (byte, _):
-                bytes_ = builder.load(builder.bitcast(builder.gep(read, [byte]), kind.as_pointer()), align=1)
-                fifteen, four = ((_vector(kind, value) if step > 1 else kind(value)) for value in (15, 4))
-                for address, half in ((low, builder.and_(bytes_, fifteen)), (high, builder.lshr(bytes_, four))):
-                    builder.store(half, builder.bitcast(builder.gep(address, [byte]), kind.as_pointer()), align=1)
+        with cgutils.for_range_slice(builder, size(0), end, size(_BYTES), intp=size) as (byte, _):
+            read = [
+                builder.load(builder.bitcast(builder.gep(start, [byte]), _OF_CODE.as_pointer()), align=1)
+                for start in starts
+            ]
+            for address, operation, value in ((low, builder.and_, 15), (high, builder.lshr, 4)):
+                half = _side_by_side(builder, [operation(bytes_, _vector(_OF_CODE, value)) for bytes_ in read])
+                target_of_half = builder.gep(address, [builder.mul(byte, size(SIDE))])
+                builder.store(half, builder.bitcast(target_of_half, half.type.as_pointer()), align=1)
+        with cgutils.for_range_slice(builder, end, width, size(1), intp=size) as (byte, _):
+            quad, in_quad = builder.and_(byte, size(-4)), builder.and_(byte, size(3))
+            for index, start in enumerate(starts):
+                value = builder.load(builder.gep(start, [byte]))
+                at = builder.add(builder.mul(quad, size(SIDE)), builder.add(in_quad, size(4 * index)))
+                builder.store(builder.and_(value, _INT8(15)), builder.gep(low, [at]))
+                builder.store(builder.lshr(value, _INT8(4)), builder.gep(high, [at]))
         return context.get_dummy_value()
 
-    return types.void(codes, code, numbers, at), generate
+    return types.void(codes, code, last, numbers, row), generate
+
+
+def _side_by_side(builder: Any, halves: Sequence[Any]) -> Any:
+    """Numbers [quads, 4] of each token in a register as [quads, SIDE, 4]."""
+    if SIDE == 1:
+        return halves[0]
+    num_quads = _BYTES // 4
+    first, second = (builder.bitcast(half, ir.VectorType(_INT32, num_quads)) for half in halves)
+    order = [token * num_quads + quad for quad in range(num_quads) for token in range(SIDE)]
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_INT32, len(order)), order))
 
 
 def _raiser(num_blocks: int) -> Any:
@@ -149,11 +182,11 @@ def _raiser(num_blocks: int) -> Any:
 
     @intrinsic
     def raise_best(typing_context: Any, numbers: Any, queries: Any, block: Any, factor: Any, best: Any) -> Any:  # noqa: ARG001
-        """Raise the best products [LANES] of blocks, from ``block`` on, to those with ``_AT_ONCE`` rows of numbers.
+        """Raise the best products [_WIDTH] of blocks, from ``block`` on, to those with ``SIDE`` times ``_ROWS`` tokens.
 
-        ``numbers`` [2, _AT_ONCE, quads] holds four dimensions in each 32 bits; the products of the second half count
-        ``factor`` times. Written for LLVM, because the sums of an inner loop of Python's would be kept in memory: here
-        they stay in registers.
+        ``numbers`` [2, _ROWS, quads, SIDE, 4] holds four dimensions of a token in 32 bits; the products of the second
+        half count ``factor`` times. Written for LLVM, because the sums of an inner loop of Python's would be kept in
+        memory: here they stay in registers.
         """
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -183,33 +216,36 @@ def _raiser(num_blocks: int) -> Any:
 def _products(
     builder: Any, rows: Any, columns: Any, quads: Any, block: Any, half: int, num_blocks: int
 ) -> list[list[Any]]:
-    """The products of one half of ``_AT_ONCE`` rows with blocks of the queries: for each block, where they are."""
-    size, kind = quads.type, _SUMS if _VNNI else _PAIRS_OF_SUMS
-    totals, chunk = (
-        [[cgutils.alloca_once(builder, of) for _ in range(_AT_ONCE)] for _ in range(num_blocks)] for of in (_SUMS, kind)
-    )
+    """The products of one half of the numbers of tokens with blocks of the queries: for each block, where they are."""
+    size = quads.type
+
+    def sums(kind: Any) -> list[list[Any]]:
+        return [[cgutils.alloca_once(builder, kind) for _ in range(_ROWS)] for _ in range(num_blocks)]
+
+    totals = sums(_SUMS)
+    chunk, at_once = (totals, quads) if _VNNI else (sums(_PAIRS_OF_SUMS), size(_PAIRS))
     for total in chain(*totals):
         builder.store(_vector(_SUMS, 0), total)
-    query = builder.bitcast(columns, _QUADS.as_pointer())
-    with cgutils.for_range_slice(builder, size(0), quads, size(_PAIRS), intp=size) as (first, _):
-        for partial in chain(*chunk):
-            builder.store(_vector(kind, 0), partial)
-        last = builder.add(first, size(_PAIRS))
+    query, words = builder.bitcast(columns, _QUADS.as_pointer()), builder.bitcast(rows, _OF_TOKENS.as_pointer())
+    with cgutils.for_range_slice(builder, size(0), quads, at_once, intp=size) as (first, _):
+        if not _VNNI:
+            for partial in chain(*chunk):
+                builder.store(_vector(_PAIRS_OF_SUMS, 0), partial)
+        last = builder.add(first, at_once)
         last = builder.select(builder.icmp_signed("<", last, quads), last, quads)
         with cgutils.for_range_slice(builder, first, last, size(1), intp=size) as (quad, _):
             halves = (builder.add(builder.mul(block, size(2)), size(2 * index + half)) for index in range(num_blocks))
             at = [builder.add(builder.mul(before, quads), quad) for before in halves]
             read = [builder.load(builder.gep(query, [start]), align=1) for start in at]
-            for row in range(_AT_ONCE):
-                start = builder.add(builder.mul(quads, size(half * _AT_ONCE + row)), quad)
-                numbers = builder.bitcast(_repeated(builder, builder.load(builder.gep(rows, [start]))), _QUADS)
+            for row in range(_ROWS):
+                start = builder.add(builder.mul(quads, size(half * _ROWS + row)), quad)
+                numbers = builder.bitcast(_repeated(builder, builder.load(builder.gep(words, [start]))), _QUADS)
                 for column, of_block in zip(read, chunk, strict=True):
                     _add_quads(builder, of_block[row], numbers, column)
-        for total, partial in zip(chain(*totals), chain(*chunk), strict=True):
-            added = builder.load(partial)
-            if not _VNNI:
-                added = _sum_of_two(builder, added)
-            builder.store(builder.add(builder.load(total), added), total)
+        if not _VNNI:
+            for total, partial in zip(chain(*totals), chain(*chunk), strict=True):
+                added = _sum_of_two(builder, builder.load(partial))
+                builder.store(builder.add(builder.load(total), added), total)
     return totals
 
 
@@ -219,7 +255,7 @@ _raise_best, _raise_several = _raiser(1), _raiser(_BLOCKS)
 @compiled(
     types.void(
         *(read_only(types.uint8, 2), read_only(types.int64), read_only(types.int64)),
-        *(read_only(types.int8, 5), types.int64, read_only(types.int64), read_only(types.int64), written(types.int64)),
+        *(read_only(types.int8, 6), types.int64, read_only(types.int64), read_only(types.int64), written(types.int64)),
     )
 )
 def sum_of_best(
@@ -250,9 +286,8 @@ def sum_of_best(
     width, quads = codes.shape[1], queries.shape[2]
     if not 4 * quads - 4 < width <= 4 * quads:
         raise ValueError("queries and parts have different widths")
-    numbers = np.zeros((2, _AT_ONCE, 4 * quads), np.uint8)
-    read = numbers.view(np.int32)
-    best = np.empty(LANES * len(queries), np.int32)
+    numbers = np.zeros((2, _ROWS, quads, SIDE, 4), np.uint8)
+    best = np.empty(_WIDTH * len(queries), np.int32)
     factor = np.int32(1 if bits == 4 else 16)
     step = 1 if len(needed) else len(queries)  # blocks multiplied before it is asked whether a row can be left
     for row in range(len(starts)):
@@ -262,18 +297,20 @@ def sum_of_best(
         total, done = np.int64(0), 0
         while done < len(queries) and not (len(needed) and total + left[done] < needed[row]):
             first, done = done, done + step
-            best[LANES * first : LANES * done] = _LOWEST
-            for part in range(start, end, _AT_ONCE):
-                for at in range(_AT_ONCE):
-                    code = min(part + at, end - 1)  # the last one again, which changes nothing
-                    _split(codes, code, numbers, at)
+            best[_WIDTH * first : _WIDTH * done] = _LOWEST
+            for part in range(start, end, SIDE * _ROWS):
+                for at in range(_ROWS):
+                    _split(codes, part + SIDE * at, end - 1, numbers, at)
                 together = first + step - step % _BLOCKS
                 for block in range(first, together, _BLOCKS):
-                    _raise_several(read, queries, block, factor, best)
+                    _raise_several(numbers, queries, block, factor, best)
                 for block in range(together, done):
-                    _raise_best(read, queries, block, factor, best)
-            for product in best[LANES * first : LANES * done]:
-                total += product
+                    _raise_best(numbers, queries, block, factor, best)
+            for query in range(_WIDTH * first, _WIDTH * done, SIDE):
+                highest = best[query]
+                for side in range(1, SIDE):
+                    highest = max(highest, best[query + side])
+                total += highest
         sums[row] = total + left[done] if len(needed) else total
 
 
