@@ -25,6 +25,7 @@ from d2llm.fitting.settings import FitSettings
 from d2llm.recipe import Recipe
 from d2llm.reports.methods import Setting, describe_methods, settings_of
 from d2llm.retrieval.settings import (
+    AnnSettings,
     ChunkingSettings,
     ClassifySettings,
     ContextSettings,
@@ -150,6 +151,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "reading": partial(class_list, ReadingSettings),
     "chunking": partial(class_list, ChunkingSettings),
     "around-a-search": partial(class_list, ExpansionSettings, ConversationSettings, ExcerptSettings, ContextSettings),
+    "ann": partial(class_list, AnnSettings),
     "similar": partial(class_list, SimilaritySettings, ClassifySettings),
     "fit": partial(class_list, FitSettings),
     "evaluate": partial(class_list, EvaluationSettings),

@@ -13,7 +13,7 @@ import pytest
 import d2llm
 from d2llm import D2LLMError, Index, Passage
 from d2llm.core.inputs import pairs_of
-from d2llm.retrieval.context import build_context
+from d2llm.retrieval.settings import ContextSettings
 from d2llm.retrieval.similar import similar_pairs
 from fake_models import FakeStudent
 from tiny_models import write_trained_student
@@ -44,7 +44,7 @@ CALLS = {
         lambda: Index.create("i", FakeStudent()).around([], "x"),
         "distance is 'x' (str), but must be a whole number",
     ),
-    "max_tokens": (lambda: build_context(None, None, "9"), "max_tokens is '9' (str), but must be a whole number"),
+    "max_tokens": (lambda: ContextSettings(max_tokens="9"), "max_tokens is '9' (str), but must be a whole number"),
     "compact": (lambda: Index.create("i", FakeStudent()).compact(5), "keep is 5 (int), but must be a timedelta"),
     "chunking": (lambda: Index.create("i", FakeStudent()).upsert_documents([], 5), "chunking is 5 (int), but must be"),
     "sync_documents": (lambda: d2llm.sync_documents("i", "docs"), "index is 'i' (str), but must be an Index"),

@@ -86,7 +86,9 @@ class TestServer:
 
     def test_a_context_takes_it(self, index, post):
         body = {"query": QUERY, "instruction": INSTRUCTION, "max_tokens": 200, "near_duplicates": 1.0}
-        context = Index.open(index, dtype="float32").context(QUERY, 200, instruction=INSTRUCTION, near_duplicates=1.0)
+        context = Index.open(index, dtype="float32").context(
+            QUERY, max_tokens=200, instruction=INSTRUCTION, near_duplicates=1.0
+        )
         assert post("/v1/context", body)["text"] == context.text
 
     def test_it_counts_among_the_tokens_of_the_query(self, post):

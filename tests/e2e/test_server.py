@@ -120,7 +120,7 @@ def test_a_context_is_that_of_the_library(index, post, order):
     body = {"query": QUERY, "max_tokens": 300, "order": order, "neighbours": 1, "filter": "year > 2002"}
     response = post("/v1/context", body)
     library = Index.open(index, dtype="float32")
-    context = library.context(QUERY, 300, order=order, neighbours=1, filter="year > 2002")
+    context = library.context(QUERY, max_tokens=300, order=order, neighbours=1, filter="year > 2002")
     assert response["text"] == context.text != ""
     assert (response["num_tokens"], response["left_out"]) == (context.num_tokens, list(context.left_out))
     assert [source["passage_ids"] for source in response["sources"]] == [list(s.passage_ids) for s in context.sources]

@@ -23,6 +23,7 @@ from d2llm.core.settings import LENIENT_HELP, Settings, bound, is_list, shown_as
 from d2llm.data.settings import ReadingSettings
 from d2llm.retrieval.reranker import TeacherReranker
 from d2llm.retrieval.settings import (
+    AnnSettings,
     ChunkingSettings,
     ClassifySettings,
     ContextSettings,
@@ -72,6 +73,7 @@ VERBS: list[tuple[str, type[Settings]]] = [
     ("duplicates", SimilaritySettings),
     ("cluster", SimilaritySettings),
     ("classify", ClassifySettings),
+    ("index ann", AnnSettings),
     *(
         (verb, kind)
         for verb in ("encode", "index add", "index upsert", "index sync")
@@ -200,6 +202,8 @@ def test_settings_for_python_only_are_in_no_request_and_no_option():
     [
         (Index.search, SearchSettings),
         (Index.context, SearchSettings),
+        (Index.context, ContextSettings),
+        (Index.build_ann, AnnSettings),
         (Index.create, IndexSpec),
         (d2llm.encode, IndexSpec),
         (d2llm.fit, FitSettings),

@@ -250,19 +250,19 @@ class TestIndex:
         assert all(by_id[name].text in context.text for name in results)
 
     def test_tokens_are_those_of_the_student_or_of_a_named_tokenizer(self, indexed, tmp_path):
-        context = indexed.index.context(QUERIES[0], 60)
+        context = indexed.index.context(QUERIES[0], max_tokens=60)
         tokenizer = indexed.student.backbone.tokenizer
         assert context.num_tokens == len(tokenizer(context.text, add_special_tokens=False)["input_ids"]) <= 60
         assert context.left_out
         named = tiny_tokenizer()
         named.add_tokens(["ove", "hip", "oun", "ain", "the"])
         named.save_pretrained(tmp_path)
-        other = indexed.index.context(QUERIES[0], 60, tokenizer=str(tmp_path))
+        other = indexed.index.context(QUERIES[0], max_tokens=60, tokenizer=str(tmp_path))
         assert other.num_tokens == len(named(other.text, add_special_tokens=False)["input_ids"]) <= 60
         assert other.num_tokens != len(tokenizer(other.text, add_special_tokens=False)["input_ids"])
 
     def test_neighbours_come_with_the_results(self, indexed):
-        context = indexed.index.context("rain", 500, top_k=1, neighbours=1, filter="id = 'p5'")
+        context = indexed.index.context("rain", max_tokens=500, top_k=1, neighbours=1, filter="id = 'p5'")
         (source,) = context.sources
         assert source.passage_ids == ("p4", "p5", "p6")
         assert source.text.startswith(PASSAGES[4].text)
@@ -303,5 +303,3 @@ def test_answering_keeps_the_sentences_that_answer_and_may_be_empty(least, texts
     assert [result.rank for result in answering] == ([1, 2, 3] if least is None else [1, 3])[: len(texts)]
     assert answering is ranking or not any(result.before for result in answering)
     assert bool(build_context(answering, word_ends, 100).text) == bool(texts)
-    with pytest.raises(InputError, match=r"answering is 'x', but must be a probability"):
-        answering_sentences(ranking, Reader(), "asymmetric", "x")

@@ -235,7 +235,7 @@ class TestSearch:
         (ranking,) = indexed.index.search(QUERIES[:1], settings)
         (by_id,) = Searcher(indexed.index.view, indexed.student, settings).rank_ids(QUERIES[:1])
         assert list(by_id.passages) == pairs(ranking)
-        context = indexed.index.context(QUERIES[0], 200, instruction=INSTRUCTION, near_duplicates=1.0)
+        context = indexed.index.context(QUERIES[0], max_tokens=200, instruction=INSTRUCTION, near_duplicates=1.0)
         assert ids(context.ranking) == ids(ranking)
 
     def test_vectors_that_are_there_already_are_refused(self, indexed):

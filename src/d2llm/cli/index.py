@@ -34,9 +34,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.names import counted
 from d2llm.core.settings import LENIENT_HELP
 from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES
 from d2llm.data.settings import ReadingSettings
-from d2llm.retrieval.settings import ChunkingSettings
+from d2llm.retrieval.settings import AnnSettings, ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
 
 if TYPE_CHECKING:
@@ -343,10 +342,7 @@ def compact(
 def ann(
     context: typer.Context,
     opening: OpeningOptions,
-    recall: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction of the exact candidates that it should find.")
-    ] = DEFAULT_ANN_RECALL,
-    depth: Annotated[int, typer.Option(min=1, help="Number of candidates of a search.")] = DEFAULT_NUM_CANDIDATES,
+    settings: AnnSettings,
     queries: Annotated[
         Path | None,
         typer.Option(
@@ -369,7 +365,7 @@ def ann(
     texts = None if queries is None else [query.text for query in read_queries(queries).values()]
     reports: list[AnnReport] = []
     for store in index.storage.stores:
-        reports.append(build_ann(store, index.student, recall=recall, depth=depth, queries=texts))
+        reports.append(build_ann(store, index.student, settings, queries=texts))
         session.say(ann_remark(reports[-1]))
     session.write_report(context, opening.json_path, reports[0] if len(reports) == 1 else reports)
 

@@ -221,13 +221,13 @@ def _problem(problem: ErrorDetails, purpose: str | None) -> str:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def shows(kind: type[Settings]) -> Callable[[_Function], _Function]:
+def shows(*kinds: type[Settings]) -> Callable[[_Function], _Function]:
     """Let ``help`` and completion show every setting of a function that takes them as ``**changes``."""
 
     def decorate(function: _Function) -> _Function:
         original = signature(function)
         given = [parameter for parameter in original.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
-        settings = signature(kind).parameters.values()
+        settings = [parameter for kind in kinds for parameter in signature(kind).parameters.values()]
         cast(Any, function).__signature__ = original.replace(parameters=[*given, *settings])
         return function
 

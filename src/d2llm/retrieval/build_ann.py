@@ -11,21 +11,21 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import IndexLockedError, InputError
-from d2llm.core.inputs import check_count
 from d2llm.core.progress import Advance, progress_bar
-from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES, Query
+from d2llm.core.settings import shows
+from d2llm.core.types import Query
 from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.models.protocols import SearchStudent
 from d2llm.retrieval.local_segment import LocalSegment
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.segments import IndexView
-from d2llm.retrieval.settings import SearchSettings
+from d2llm.retrieval.settings import AnnSettings, SearchSettings
 from d2llm.store.ann import MAX_EFFORT, NEIGHBOURS, AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
 from d2llm.store.index_store import IndexStore
 from d2llm.store.scan import load_faiss
@@ -92,14 +92,15 @@ class _TuningQueries:
     source_rows: NDArray[np.int64] | None
 
 
+@shows(AnnSettings)
 def build_ann(
     store: IndexStore,
     student: SearchStudent,
+    settings: AnnSettings | None = None,
     *,
-    recall: float = DEFAULT_ANN_RECALL,
-    depth: int = DEFAULT_NUM_CANDIDATES,
     queries: Iterable[QueryLike] | QueryLike | None = None,
     seed: int = 0,
+    **changes: Any,
 ) -> AnnReport:
     """Build an approximate index of the latest version and choose how far a search of it goes.
 
@@ -110,12 +111,11 @@ def build_ann(
     Args:
         store: the index.
         student: the student that made its vectors.
-        recall: the fraction of the exact top ``depth`` to find, above 0 and at most 1, with 95 % confidence.
-            Misses are mostly at the end, so that more of the first ten are found.
-        depth: the number of candidates of a search.
+        settings: how much it is to find.
         queries: queries similar to those expected, not used for anything else. By default, passages of the index serve
             as queries, each to find other passages; real queries are distributed differently and may find less.
         seed: seed of the sample.
+        changes: single fields of the settings, as in ``build_ann(store, student, recall=0.9)``.
 
     Raises:
         InputError: there are too few passages, the head has no inner product, or the target cannot be reached.
@@ -123,10 +123,11 @@ def build_ann(
         StorageError: the file cannot be written.
         IndexMismatchError: another student made the index.
     """
-    begin = time.perf_counter()
+    begin, settings = time.perf_counter(), AnnSettings.of(settings, **changes)
+    recall, depth = settings.recall, settings.depth
     texts = None if queries is None else [query.text for query in queries_of(queries)]
     view = LocalSegment(store)
-    base = _checked(view, student, recall, depth)
+    base = _checked(view, student, depth)
     random = np.random.default_rng(seed)
     live = view.live_rows()
     tuning = _tuning_queries(view, student, texts, live, random)
@@ -189,11 +190,8 @@ def renew_ann(store: IndexStore, student: SearchStudent, num_encoded: int) -> No
         _log.info("no approximate index: %s", error)
 
 
-def _checked(view: PassageView, student: SearchStudent, recall: float, depth: int) -> AnnBase:
+def _checked(view: PassageView, student: SearchStudent, depth: int) -> AnnBase:
     view.check_student(student.fingerprint)
-    check_count(depth, "depth")
-    if not isinstance(cast("object", recall), float | int) or not 0 < recall <= 1:
-        raise InputError(f"recall is {recall!r}, but must be a number above 0, up to 1")
     if not student.has_dot:
         raise InputError("this student's head has no inner product that an index could use; it is searched exactly")
     folder = view.store.folder

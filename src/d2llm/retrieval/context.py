@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_choice, check_count, path_of
 from d2llm.core.short_repr import short_repr
 from d2llm.core.types import (
-    DEFAULT_CONTEXT_TOKENS,
     ContextOrder,
     Excerpt,
     MetadataValue,
@@ -125,7 +124,7 @@ def named_tokenizer(name: str) -> TokenEnds:
 def build_context(
     ranking: Ranking,
     token_ends: TokenEnds,
-    max_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    max_tokens: int,
     *,
     order: ContextOrder = "rank",
     overlapping: bool = False,
@@ -178,12 +177,10 @@ def answering_sentences(ranking: Ranking, student: Student, task: Task, least: f
     number of sentences. The empty answer is that of its other, abstractive one.
 
     Raises:
-        InputError: the student is not calibrated for this task, or ``least`` is no probability.
+        InputError: the student is not calibrated for this task.
     """
     if least is None:
         return ranking
-    if not isinstance(cast("object", least), float | int) or not 0 <= least <= 1:
-        raise InputError(f"answering is {least!r}, but must be a probability, from 0 to 1")
     texts = [[one.passage.text[start:end] for start, end in sentences(one.passage.text)] for one in ranking.passages]
     pairs = [(ranking.query.text, sentence) for found in texts for sentence in found]
     scores = student.predict(pairs, task=task, with_features=False) if pairs else ()

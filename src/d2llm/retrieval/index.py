@@ -15,10 +15,6 @@ from d2llm.core.inputs import check_count, check_kind, objects_of, path_of, stri
 from d2llm.core.progress import progress_bar
 from d2llm.core.settings import shows
 from d2llm.core.types import (
-    DEFAULT_ANN_RECALL,
-    DEFAULT_CONTEXT_TOKENS,
-    DEFAULT_NUM_CANDIDATES,
-    ContextOrder,
     EngineName,
     Excerpt,
     Passage,
@@ -30,7 +26,7 @@ from d2llm.core.types import (
 from d2llm.data.python_records import PassageLike, QueryLike, Record, Table, is_one_query, one_query_of, passages_of
 from d2llm.models.protocols import SearchStudent, task_for
 from d2llm.retrieval.open_index import OpenIndex, checked, known_source, settled, stored_spec
-from d2llm.retrieval.settings import SearchSettings
+from d2llm.retrieval.settings import AnnSettings, ContextSettings, SearchSettings
 from d2llm.store.index_manifest import Chunking, find_index
 from d2llm.store.index_spec import IndexSpec
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
@@ -471,16 +467,13 @@ class Index(OpenIndex):
         ranked = objects_of(results, "results", RankedPassage)
         return merge_neighbours(with_neighbours(self.view, ranked, distance), overlapping=self.repeats_text)
 
-    @shows(SearchSettings)
+    @shows(SearchSettings, ContextSettings)
     def context(
         self,
         query: QueryLike,
-        max_tokens: int = DEFAULT_CONTEXT_TOKENS,
-        *,
-        order: ContextOrder = "rank",
-        answering: float | None = None,
-        tokenizer: str | None = None,
         settings: SearchSettings | None = None,
+        *,
+        tokenizer: str | None = None,
         rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
         history: History = (),
@@ -493,43 +486,43 @@ class Index(OpenIndex):
 
         Args:
             query: the query.
-            max_tokens: maximum number of tokens of the text.
-            order: ``rank``: the best source first; ``document``: sources of a document together, in its order.
-            answering: keep only sentences that answer with at least this probability, not whole passages.
-            tokenizer: the model whose tokens count: a folder or a name; None: the student.
             settings: how to search.
+            tokenizer: the model whose tokens count: a folder or a name; None: the student.
             rerank: a reranker, as in ``search``.
             expansion: a language model that expands the query, as in ``search``.
             history: earlier turns of the conversation that the query belongs to, as in ``search``.
             rewriter: makes one query of them, as in ``search``.
-            changes: override single fields of the settings, as in ``index.context(query, top_k=20, neighbours=1)``.
+            changes: fields of ``ContextSettings``, and single fields of the settings, as in
+                ``index.context(query, max_tokens=500, top_k=20, neighbours=1)``.
 
         Raises:
-            InputError: a setting or the query is invalid, or ``max_tokens`` is below 1.
+            InputError: a setting or the query is invalid.
             FilterError: the filter cannot be parsed, or does not fit the metadata.
             ModelNotFoundError: there is no such tokenizer.
         """
         from d2llm.retrieval.context import answering_sentences, build_context, context_settings, named_tokenizer
 
         asked = one_query_of(query, "a context")
+        text = ContextSettings(**{name: changes.pop(name) for name in ContextSettings.model_fields if name in changes})
         chosen = context_settings(SearchSettings.of(settings, **changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
         ranking = self.search(asked, chosen, rerank=rerank, expansion=expansion, history=history, rewriter=rewriter)
-        ranking = answering_sentences(ranking, student, chosen.task or self.view.task, answering)
-        return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
+        ranking = answering_sentences(ranking, student, chosen.task or self.view.task, text.answering)
+        return build_context(ranking, token_ends, text.max_tokens, order=text.order, overlapping=self.repeats_text)
 
+    @shows(AnnSettings)
     def build_ann(
         self,
+        settings: AnnSettings | None = None,
         *,
-        recall: float = DEFAULT_ANN_RECALL,
-        depth: int = DEFAULT_NUM_CANDIDATES,
         queries: Iterable[QueryLike] | QueryLike | None = None,
+        **changes: Any,
     ) -> AnnReport:
         """Build an approximate index for searches with ``sources=("ann",)``; see ``retrieval.build_ann.build_ann``."""
         from d2llm.retrieval.build_ann import build_ann
 
-        report = build_ann(self.store, self.student, recall=recall, depth=depth, queries=queries)
+        report = build_ann(self.store, self.student, settings, queries=queries, **changes)
         self.refresh()
         return report
 

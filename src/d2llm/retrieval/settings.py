@@ -12,6 +12,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.inputs import shown
 from d2llm.core.settings import Settings, Shown, setting
 from d2llm.core.types import (
+    DEFAULT_ANN_RECALL,
     DEFAULT_CONTEXT_TOKENS,
     DEFAULT_NUM_CANDIDATES,
     DEFAULT_TOP_K,
@@ -284,6 +285,20 @@ class ConversationSettings(Settings):
         max_length=MAX_TURNS,
         fail_fast=True,
     )
+
+
+class AnnSettings(Settings):
+    """How much an approximate index is to find."""
+
+    noun: ClassVar[str] = "setting of an approximate index"
+
+    recall: float = setting(
+        DEFAULT_ANN_RECALL,
+        "Fraction of the exact candidates to find, with 95 % confidence; of the first ten, more are found.",
+        gt=0,
+        le=1,
+    )
+    depth: int = setting(DEFAULT_NUM_CANDIDATES, "Number of candidates of a search.", ge=1)
 
 
 class SimilaritySettings(Settings):
