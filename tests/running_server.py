@@ -45,6 +45,14 @@ async def held():
         await asyncio.sleep(0.01)
     return "done"
 
+@app.get("/signalled")
+async def signalled():
+    print("began", flush=True)
+    while state.stop_by is None:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    return "done"
+
 @app.get("/stuck")
 async def stuck():
     print("began", flush=True)

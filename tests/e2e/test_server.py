@@ -602,28 +602,43 @@ def test_a_disconnected_client_frees_its_place_in_the_queue(index):
         assert models.num_queued == 0
 
 
-def test_accepted_requests_are_answered_when_the_server_stops(index):
-    responses = []
+def test_of_64_clients_each_is_answered_also_when_the_server_stops(index):
+    """Searches first, without an error; then a text each, which is still to be encoded when the server stops."""
+    num_clients = 64
+    statuses = []
 
     def ask(address):
-        texts = [passage.text for passage in tiny_passages()] * 4
-        responses.append(patient.post(f"{address}/v1/encode", json={"texts": texts, "kind": "passage"}))
+        search = f"{address}/v1/search"
+        statuses.extend(patient.post(search, json={"query": QUERY}).status_code for _ in range(4))
+        have_searched.wait(PATIENCE)
+        may_encode.wait(PATIENCE)
+        body = {"texts": [QUERY], "kind": "query"}
+        statuses.append(patient.post(f"{address}/v1/encode", json=body).status_code)
 
     def release_when_it_stops(address):
         wait_until_closed(address)
         held.may_end.set()
 
+    def all_are_in_flight():
+        return f"\nd2llm_http_requests_in_flight {num_clients + 1}.0\n" in patient.get(f"{address}/metrics").text
+
+    have_searched, may_encode = threading.Barrier(num_clients + 1), threading.Event()
     app = make_app(tiny_settings(index))
     with serve(app) as address:
         wait_until_ready(address)
+        threads = [threading.Thread(target=ask, args=(address,)) for _ in range(num_clients)]
+        for thread in threads:
+            thread.start()
+        have_searched.wait(PATIENCE)
+        assert statuses == [200] * (4 * num_clients)
         held = HeldStudent(app.state.serving.now().models.student)
-        threads = [threading.Thread(target=target, args=(address,)) for target in (ask, release_when_it_stops)]
-        threads[0].start()
-        held.wait()
-        threads[1].start()
+        may_encode.set()
+        until(all_are_in_flight, "64 requests at once")
+        threads.append(threading.Thread(target=release_when_it_stops, args=(address,)))
+        threads[-1].start()
     for thread in threads:
         thread.join()
-    assert [response.status_code for response in responses] == [200]
+    assert statuses == [200] * (5 * num_clients)
 
 
 def test_responses_do_not_reveal_where_files_are(index, address, folder):

@@ -89,16 +89,20 @@ def test_a_failed_start_exits_with_the_reason():
 # Shutdown
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it_after_accepted_requests_finish(running: Running, number: int):
+@pytest.mark.parametrize(
+    ("number", "num_clients"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), pytest.param(signal.SIGTERM, 64, id="64")]
+)
+def test_a_signal_stops_it_after_all_accepted_requests_are_answered(running: Running, number: int, num_clients: int):
     responses: list[str] = []
-    thread = threading.Thread(target=lambda: responses.append(running.get("/slow/0.5")))
-    thread.start()
-    assert running.line() == "began"
+    threads = [threading.Thread(target=lambda: responses.append(running.get("/signalled"))) for _ in range(num_clients)]
+    for thread in threads:
+        thread.start()
+    assert [running.line() for _ in threads] == ["began"] * num_clients
     running.process.send_signal(number)
-    thread.join()
+    for thread in threads:
+        thread.join()
     status, output, _ = running.end()
-    assert responses == ['"done"']
+    assert responses == ['"done"'] * num_clients
     assert (status, output) == (0, "ended\n")
     with pytest.raises(ConnectionRefusedError):
         running.get("/health")
