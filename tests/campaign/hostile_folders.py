@@ -6,12 +6,15 @@ outside the folder, nothing runs, and nothing takes over its limits of time and 
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 
@@ -43,13 +46,26 @@ def _write(path: Path, content: str | bytes) -> None:
 
 def _word(workspace: Path, document: str) -> None:
     whole = docx(p("text"))
-    _write(workspace / "w.docx", whole)
-    import io
-    from zipfile import ZipFile
-
     with ZipFile(io.BytesIO(whole)) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     _write(workspace / "w.docx", zipped(parts | {"word/document.xml": document}))
+
+
+@cache
+def _bomb(num_bytes: int) -> bytes:
+    """A word file whose paragraphs unpack to at least this many bytes."""
+    file = io.BytesIO()
+    begin, end = _BODY.encode().split(b"{}")
+    paragraphs = (b"a" * 1_000 + b"</w:t></w:r></w:p><w:p><w:r><w:t>") * 1_000
+    with (
+        ZipFile(file, "w", ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("word/document.xml", "w") as document,
+    ):
+        document.write(begin)
+        for _ in range(num_bytes // len(paragraphs) + 1):
+            document.write(paragraphs)
+        document.write(end)
+    return file.getvalue()
 
 
 def _deep(workspace: Path, secret: Path) -> None:
@@ -75,7 +91,8 @@ HOSTILE: dict[str, Callable[[Path, Path], None]] = {
     "page of a book with an entity": lambda workspace, secret: _write(
         workspace / "b.epub", epub({"a.xhtml": _ENTITY.format(secret=secret) + page("<p>&e;</p>")})
     ),
-    "archive of a gigabyte": lambda workspace, secret: _word(workspace, _BODY.format("a" * (1 << 28))),
+    "archive of a gigabyte": lambda workspace, secret: _write(workspace / "a.docx", _bomb(1 << 30)),
+    "archive within the limit of a part": lambda workspace, secret: _write(workspace / "b.docx", _bomb(1 << 28)),
     "archive with paths": lambda workspace, secret: _write(
         workspace / "z.docx",
         zipped({"../../escaped.txt": RAN, "/escaped.txt": RAN, "word/document.xml": _BODY.format("x")}),
