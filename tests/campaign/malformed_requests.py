@@ -1,7 +1,8 @@
 """F4: malformed requests to every route: bodies changed in their structure or their bytes, odd addresses and headers.
 
 The requests are those of the matrix of keys, which work. No answer is a 500, names a folder of the server or shows a
-traceback, and none takes over ten seconds. ``make fuzz`` sends what the API's description allows, to a real server.
+traceback, and none takes over ten seconds. No hundred of them take over 64 MiB at any moment, nor does the process grow
+by that from the first hundred on. ``make fuzz`` sends what the API's description allows, to a real server.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from waiting import until
 
 AT_ONCE = 100  # requests of a draw
 SECONDS = 10.0
+BYTES = 64 << 20
 ADDRESS = "http://127.0.0.1:8000"
 _HEADERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("content-type", ("", "text/plain", "application/json; charset=utf-16", "multipart/form-data", "a/b;" * 500)),
@@ -39,6 +41,16 @@ _HEADERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("traceparent", ("00-0-0-0", "x")),
     ("content-length", ("-1", "99999999999999999999", "abc", "0")),
 )
+
+
+def memory() -> tuple[int, int]:
+    """The bytes of memory that this process has, and the most that it had since ``forget_peak``."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmRSS"].split()[0]) << 10, int(lines["VmHWM"].split()[0]) << 10
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def draw(chance: random.Random, request: tuple[str, str, str, Any]) -> tuple[str, str, dict[str, Any]]:
@@ -81,7 +93,18 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
     with TestClient(app, base_url=ADDRESS) as client:
         until(lambda: client.get("/health").json()["status"] == "ready", "a server that is ready")
 
+        first = 0
+
+        def fault_of_memory(before: int) -> str:
+            nonlocal first
+            now, peak = memory()
+            first = first or now
+            grown = max(peak - before, now - first)
+            return f"{grown >> 20} MiB more memory" if grown > BYTES else ""
+
         def case(chance: random.Random) -> Outcome:
+            forget_peak()
+            before, _ = memory()
             for _ in range(AT_ONCE):
                 method, path, sent = draw(chance, chance.choice(requests))
                 what = f"{method} {path[:300]} {sent['headers']} {sent['content'][:1_000]!r}"
@@ -96,8 +119,8 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
                 if str(folder) in response.text or "Traceback" in response.text:
                     return Outcome("fault", f"{what} shows {response.text[:400]}")
             answer = client.post("/v1/search", json={"query": "the cat", "top_k": 1})
-            works = answer.status_code == 200
-            return Outcome("requests", "" if works else f"no search afterwards: {answer.text[:300]}", AT_ONCE)
+            fault = "" if answer.status_code == 200 else f"no search afterwards: {answer.text[:300]}"
+            return Outcome("requests", fault or fault_of_memory(before), AT_ONCE)
 
         yield case
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +103,18 @@ def test_a_store_that_does_not_sync_its_table_loses_commits(monkeypatch: pytest.
 
     monkeypatch.setattr(power_cuts, "read_log", without_syncs)
     assert frame.run(power_cuts.ROW, 2, seed=7).faults
+
+
+def test_memory_that_requests_keep_is_a_fault(monkeypatch: pytest.MonkeyPatch):
+    draw, kept = malformed_requests.draw, list[bytes]()
+
+    def keeping(*given: Any) -> Any:
+        kept.append(b"x" * (1 << 20))
+        return draw(*given)
+
+    monkeypatch.setattr(malformed_requests, "draw", keeping)
+    (fault,) = frame.run(malformed_requests.ROW, 100, seed=7).faults.values()
+    assert re.fullmatch(r"1\d\d MiB more memory", fault)
 
 
 def test_what_a_parser_raises_is_a_fault_unless_it_says_so(tmp_path: Path):
