@@ -64,6 +64,18 @@ def test_workflows_run_what_there_is(repository: Path):
     assert audit.count("--ignore-vuln") == 1  # a second one has its reason in SECURITY.md, too
 
 
+def test_a_release_is_audited_and_has_a_list_of_what_is_in_it(repository: Path):
+    workflows = repository / ".github" / "workflows"
+    jobs = read_yaml(workflows / "release.yml")["jobs"]
+    steps = jobs["build"]["steps"]
+    commands = [step.get("run", "") for step in steps]
+    assert read_yaml(workflows / "tests.yml")["jobs"]["audit"]["steps"][-1]["run"] in commands
+    (listing,) = [command for command in commands if "cyclonedx-py requirements constraints.txt" in command]
+    assert listing.endswith("-o sbom.json")
+    assert "sbom.json" in [step.get("with", {}).get("path") for step in steps]
+    assert (jobs["install"]["needs"], jobs["publish"]["needs"]) == ("build", "install")  # so a fault stops the release
+
+
 def test_forms_for_issues_have_what_the_host_requires(repository: Path):
     forms = [read_yaml(path) for path in (repository / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
     assert len(forms) >= 2
