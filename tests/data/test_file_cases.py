@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+import re
+import struct
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -146,6 +148,18 @@ class TestOpenDocument:
         repeated = next(case.data for case in CASES if case.name == "repeated.odt")
         (section,) = read(tmp_path, "b.odt", repeated).sections
         assert section.text == "| Day | Rain |  |\n| --- | --- | --- |\n| Monday | dry | dry |"
+
+    def test_what_stands_for_a_million_is_read_a_thousand_times(self, tmp_path):
+        """Rows and cells with text that are repeated, and spaces."""
+        cell = '<table:table-cell table:number-columns-repeated="{}"><text:p>dry</text:p></table:table-cell>'
+        row = '<table:table><table:table-row table:number-rows-repeated="{}">{}</table:table-row></table:table>'
+        many = 10**6
+        (section,) = read(tmp_path, "a.odt", odt(row.format(many, cell.format(1) * 2))).sections
+        assert section.text.count("| dry | dry |") == 1_000
+        (section,) = read(tmp_path, "b.odt", odt(row.format(2, cell.format(1) + cell.format(many)))).sections
+        assert section.text.splitlines()[0].count("dry") == 1 + 1_000
+        (section,) = read(tmp_path, "c.odt", odt(f'<text:p>a<text:s text:c="{many}"/>b</text:p>')).sections
+        assert section.text == f"a{' ' * 1_000}b"
 
     def test_spaces_tabs_and_notes(self, tmp_path):
         data = next(case.data for case in CASES if case.name == "notes.odt")
@@ -325,6 +339,18 @@ class TestUnreadable:
         for fraction in (0.05, 0.5, 0.9):
             with pytest.raises(UnreadableFileError, match=r"^it cannot be parsed"):
                 read(tmp_path, name, data[: int(fraction * len(data))])
+
+    @pytest.mark.parametrize(("num_bytes", "is_refused"), [((512 << 20) + 1, True), (512 << 20, False)])
+    def test_a_part_that_unpacks_to_more_than_512_mib_is_refused(self, tmp_path, num_bytes, is_refused):
+        """By the size that the archive states; of a part that is shorter than that, its text is read."""
+        data = bytearray(docx(p("Body.")))
+        (begin,) = [one.start() for one in re.finditer(rb"PK\x01\x02.{42}word/document\.xml", data, re.DOTALL)]
+        struct.pack_into("<I", data, begin + 24, num_bytes)
+        if is_refused:
+            with pytest.raises(UnreadableFileError, match=r"it unpacks to 536,870,913 bytes, more than 536,870,912"):
+                read(tmp_path, "a.docx", bytes(data))
+        else:
+            assert read(tmp_path, "a.docx", bytes(data)).sections[0].text == "Body."
 
     @pytest.mark.parametrize(
         ("name", "data"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from html import escape
 
 import pytest
 
@@ -169,6 +170,12 @@ class TestContents:
     )
     def test_text(self, markup, text):
         assert text_of(markup) == text
+
+    def test_three_pages_are_read_within_one_another_and_no_fourth(self):
+        page = ""
+        for depth in reversed(range(5)):
+            page = f"<p>depth {depth}</p>" + (f'<iframe srcdoc="{escape(page)}"></iframe>' if page else "")
+        assert text_of(page) == "depth 0\n\ndepth 1\n\ndepth 2\n\ndepth 3"
 
     def test_tables(self):
         table = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Passage, Student
-from d2llm.core.errors import MismatchError
+from d2llm.core.errors import MismatchError, ShardAwayError
 from d2llm.retrieval.shard import shard
 from d2llm.runners.ray_runner import own_versions
 from d2llm.server import ray_shards
@@ -73,6 +74,33 @@ def test_a_call_that_fails_before_it_is_sent_is_tried_again_with_another_actor(s
     assert [one.attend(replica, None) for _ in range(2)] == [False, True]
     assert one.is_ready(one.desired.version)
     assert new_actor.call_count == 2
+
+
+def test_replicas_have_shard_seconds_together_to_answer(sharded: Path, monkeypatch):
+    class Unanswered(Exception):
+        pass
+
+    ray = MagicMock()
+    ray.exceptions.RayTaskError = ChildProcessError
+    ray.exceptions.GetTimeoutError = ray.exceptions.RayError = Unanswered
+    limits = []
+
+    def get(_: Any, timeout: float) -> None:
+        limits.append(timeout)
+        time.sleep(timeout)
+        raise Unanswered
+
+    ray.get = get
+    monkeypatch.setattr(ray_shards, "import_ray", lambda: ray)
+    one = ray_shards._Shard(latest(sharded), ServeSettings(index=[sharded], shard_seconds=0.2, shard_replicas=2))
+    version = one.desired.version
+    for replica in one.replicas:
+        replica.ready.add(version)
+    with pytest.raises(ShardAwayError, match=r"does not answer: no answer within 0\.2 seconds"):
+        one.call(version, "count_words")
+    assert limits[0] == pytest.approx(0.1, abs=0.05)
+    assert sum(limits) <= 0.2
+    assert not one.is_ready(version)  # until a replica answers again
 
 
 def test_an_actor_with_other_versions_is_refused(sharded: Path):
