@@ -84,6 +84,35 @@ def test_words_in_the_right_order_are_left_alone():
         assert CliRunner().invoke(app, words).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "search old.index cat -q dog",
+        "search old.index -q cat -q dog",
+        "search old.index 'a cat' --top-k 3 -q 'a dog' --json -",
+        "classify old.index cat -q dog",
+    ],
+)
+def test_quiet_among_words_joins_no_queries(words):
+    assert message(*shlex.split(words)).startswith("error: -q is --quiet, and stands among the words of the query; ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "search old.index cat dog -q",
+        "search old.index -q search cat",
+        "-q search old.index cat dog",
+        "search old.index cat -q --top-k 3",
+        "search old.index --top-k 3 -q cat",
+        "search old.index --query cat -q --query dog",
+        "search old.index -- cat -q dog",
+    ],
+)
+def test_quiet_elsewhere_is_quiet(words):
+    assert "-q" not in message(*shlex.split(words))  # that the index is none
+
+
 @pytest.mark.parametrize("option", ["--limit", "-k", "--n-results=3", "--where"])
 def test_an_option_with_its_name_in_other_libraries(option):
     meant = "--filter" if option == "--where" else "--top-k"

@@ -196,8 +196,19 @@ class TestSearch:
 
     def test_several_quoted_texts_are_one_query_with_a_warning(self, workspace, index):
         result, report = succeed_with_report("search", index, "ships at sea", "a red boat", folder=workspace)
-        assert "warning: all words are one query; for several queries, give a file" in result.stderr
+        assert "warning: all words are one query; for several queries, repeat --query, or give" in result.stderr
         assert [each["query"]["text"] for each in report["result"]["rankings"]] == ["ships at sea a red boat"]
+
+    def test_several_queries_are_given_by_query(self, workspace, index):
+        queries = ("--query", "a red boat", "--query", "a bird", "-q", "--top-k", 2)
+        for words, texts in ((("ships", "at", "sea"), ["ships at sea"]), ((), [])):
+            result, report = succeed_with_report("search", index, *words, *queries, folder=workspace)
+            rankings = report["result"]["rankings"]
+            assert [each["query"]["text"] for each in rankings] == [*texts, "a red boat", "a bird"]
+            assert [each["query"]["id"] for each in rankings] == [str(number + 1) for number in range(len(rankings))]
+            alone = succeed_with_report("search", index, "a", "bird", "--top-k", 2, folder=workspace)[1]
+            assert rankings[-1]["passages"] == alone["result"]["rankings"][0]["passages"]
+            assert result.stderr == ""
 
     def test_exact_search_of_queries_from_a_file(self, workspace, index):
         arguments = ("search", index, "--queries", workspace / "everyday" / "queries.jsonl", "--exact", "--top-k", 1)

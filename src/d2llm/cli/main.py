@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from d2llm import __version__
 from d2llm.cli.help import tidy_help
-from d2llm.cli.session import Session, start_logging
+from d2llm.cli.session import GIVEN, Session, start_logging
 from d2llm.cli.verbs import all_verbs
 from d2llm.cli.word_order import Verbs
 from d2llm.core.errors import D2LLMError, Terminated
@@ -61,6 +61,7 @@ class _Program(Verbs):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Also accept ``--verbose`` and ``--quiet`` after the verb."""
+        ctx.meta[GIVEN] = tuple(args)
         end = args.index("--") if "--" in args else len(args)
         early = [word for word in args[:end] if word in _ANYWHERE]
         return super().parse_args(ctx, early + [word for word in args[:end] if word not in _ANYWHERE] + args[end:])
@@ -135,7 +136,7 @@ def prepare(
     ] = False,
 ) -> None:
     """Options of the whole program."""
-    context.obj = Session(verbose=verbose, quiet=quiet)
+    context.obj = Session(verbose=verbose, quiet=quiet, given=context.meta[GIVEN])
     context.call_on_close(start_logging(context.obj, repeats=context.invoked_subcommand in _ENDLESS))
     context.with_resource(showing_progress(False if quiet else None))
     if context.invoked_subcommand in _SHOW_ANSWERS:

@@ -23,7 +23,7 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.session import Session, session_of
 from d2llm.cli.verbs import verb
-from d2llm.cli.word_order import is_index
+from d2llm.cli.word_order import check_quiet, is_index
 from d2llm.core.errors import InputError
 from d2llm.core.names import counted
 from d2llm.core.toml import toml_value
@@ -60,6 +60,10 @@ _NAMED = 5  # number of queries to list in a warning
 _PATIENCE_MINUTES = 1.0  # with a writer's endpoint that fails: then the plain query is searched
 _EXPANDING_WRITER = "smollm2"
 
+QueryOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Also search for this; can be repeated. (-q is --quiet.)"),
+]
 QueriesOption = Annotated[
     Path | None,
     typer.Option(
@@ -215,6 +219,7 @@ def search(
         list[str] | None, typer.Argument(metavar="QUERY", help="What to search for; all words are one query.")
     ] = None,
     *,
+    query: QueryOption = None,
     queries: QueriesOption = None,
     student: Annotated[
         str | None, student_option(help="The student that made the index, if it has moved since.")
@@ -240,7 +245,7 @@ def search(
     from d2llm.retrieval.search import Searcher
 
     session = session_of(context)
-    all_queries = read_asked(session, index, words or [], queries)
+    all_queries = read_asked(session, index, words or [], query or [], queries)
     turns = _read_history(history, len(all_queries))
     settings = _for_context(text, tokenizer, settings, around.excerpts)
     second_stage = stage.find()
@@ -441,11 +446,11 @@ def _selection_line(selection: Selection, settings: SearchSettings, *, is_proved
     return line + ("; this selection is not the proved order" if is_proved else "")
 
 
-def read_asked(session: Session, index: Path, words: list[str], file: Path | None) -> list[Query]:
-    """The query that is written after an index, and those of a file.
+def read_asked(session: Session, index: Path, words: list[str], more: list[str], file: Path | None) -> list[Query]:
+    """The query that is written after an index, those of --query, and those of a file.
 
     Raises:
-        InputError: there is none, or the first word is no index, but another is.
+        InputError: there is none, or the first word is no index, but another is, or -q stands among the words.
     """
     from d2llm.core.types import Query
     from d2llm.data.beir import read_queries
@@ -455,11 +460,16 @@ def read_asked(session: Session, index: Path, words: list[str], file: Path | Non
         raise InputError(
             f"{index}: is not an index; the index comes first; write: d2llm search {shlex.join([named, *rest])}"
         )
-    if not words and file is None:
+    check_quiet(session.given, words)
+    if not (words or more or file):
         raise InputError("there is no query; write one after the index, or give a file with --queries")
     if sum(" " in word for word in words) > 1:
-        session.complain("warning", "all words are one query; for several queries, give a file (or -) with --queries")
-    typed = [Query("1", " ".join(words))] if words else []
+        session.complain(
+            "warning",
+            "all words are one query; for several queries, repeat --query, or give a file (or -) with --queries",
+        )
+    texts = [*([" ".join(words)] if words else []), *more]
+    typed = [Query(str(number), text) for number, text in enumerate(texts, start=1)]
     return typed + (list(read_queries(file).values()) if file is not None else [])
 
 

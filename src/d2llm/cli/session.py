@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 STANDARD_INPUT, STANDARD_OUTPUT = "standard input", "standard output"
 SCHEMA_VERSION = 1
 """Version of the schema of the files that ``--json`` writes."""
+GIVEN = "d2llm.given"
+"""Where the words of the command line are until there is a session."""
 _FILE_WIDTH = 140  # width of tables that go to a file or another program
 
 
@@ -39,6 +41,8 @@ class Session:
 
     verbose: bool = False
     quiet: bool = False
+    given: tuple[str, ...] = ()
+    """The words of the command line, as they were given."""
     streams: dict[str, str] = field(default_factory=dict[str, str])
     """For each stream that an option names, the option or the file with a copy of what was read from it."""
 

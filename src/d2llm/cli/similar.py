@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOption, output_file, student_option
-from d2llm.cli.search import QueriesOption
+from d2llm.cli.search import QueriesOption, QueryOption
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.names import counted
@@ -128,6 +128,7 @@ def classify(
         list[str] | None, typer.Argument(metavar="TEXT", help="What to classify; all words are one text.")
     ] = None,
     *,
+    query: QueryOption = None,
     queries: QueriesOption = None,
     settings: ClassifySettings,
     out: LinesOption = STANDARD_OUTPUT,
@@ -142,7 +143,7 @@ def classify(
     from d2llm.retrieval.classify import Classifier
 
     session = session_of(context)
-    texts = read_asked(session, opened.index, words or [], queries)
+    texts = read_asked(session, opened.index, words or [], query or [], queries)
     classifier = Classifier(opened.open(), settings)
     results = classifier.classify(texts)
     session.write_lines(out, results)

@@ -95,6 +95,26 @@ def check_index_first(index: Path, verb: str, others: Sequence[Path]) -> None:
             raise InputError(f"{index}: is not an index; the index comes first; write: {line}")
 
 
+def check_quiet(given: Sequence[str], words: Sequence[str]) -> None:
+    """Check that ``-q`` is not among the words of a query, where it may be meant to begin another one.
+
+    Args:
+        given: the whole command line.
+        words: those of it that are the query.
+
+    Raises:
+        InputError: it is.
+    """
+    given = [*takewhile(lambda word: word != "--", given)]
+    for index, word in enumerate(given[:-1], start=1):
+        rest = iter(given[index:])
+        if word == "-q" and given[index] in words and not all(one in rest for one in words):
+            raise InputError(
+                "-q is --quiet, and stands among the words of the query; for several queries, write --query before "
+                "each; for fewer remarks, put -q at the end"
+            )
+
+
 def is_index(path: Path) -> bool:
     """Whether a path is the folder of an index, a snapshot or a fit."""
     return (path / MANIFEST_NAME).is_file()
