@@ -64,9 +64,9 @@ from d2llm.store.part_vectors import (
     open_parts,
     replace_parts,
 )
-from d2llm.store.passage_table import REMEDY, PassageTable, Record
+from d2llm.store.passage_table import PassageTable, Record
 from d2llm.store.schema import FieldType, MetadataSchema
-from d2llm.store.storage import LOCK_NAME, link_or_copy, storage_errors, warn_of_network
+from d2llm.store.storage import LOCK_NAME, REMEDY, link_or_copy, storage_errors, warn_of_network
 from d2llm.store.stored_vectors import CopiedVectors, SoleVectors, StoredVectors
 from d2llm.store.vector_file import IntactExtents, VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format

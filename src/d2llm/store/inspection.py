@@ -29,9 +29,9 @@ from d2llm.store.blocks import GENERATION_SHIFT, is_intact
 from d2llm.store.index_manifest import Chunking, read_chunking
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import EncodeParts
-from d2llm.store.passage_table import NAME, REMEDY, PassageTable, Record, bytes_at_rest
+from d2llm.store.passage_table import NAME, PassageTable, Record, bytes_at_rest
 from d2llm.store.shards import Storage, hashes_of_ids, shard_of
-from d2llm.store.storage import storage_errors
+from d2llm.store.storage import REMEDY, storage_errors
 from d2llm.store.stored_vectors import Encode
 from d2llm.store.vector_file import ann_path_of
 

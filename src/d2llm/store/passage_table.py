@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.batches import batched
-from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError, StorageError
+from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.core.inputs import check_count
 from d2llm.core.names import counted
@@ -53,12 +53,11 @@ from d2llm.store.blocks import (
     unpack_text,
 )
 from d2llm.store.schema import FieldType, MetadataSchema, microseconds_of, moment_of
-from d2llm.store.storage import connect, open_to_read, storage_errors
+from d2llm.store.storage import REMEDY, connect, open_to_read, storage_errors, unreadable
 
 NAME = "passages.db"
 PAGE_SIZE = 100
 """Default number of ids per page of a list."""
-REMEDY = "`d2llm index ... verify --repair` rebuilds what can be read, and takes the rest from snapshots"
 Record = dict[str, Any]
 """A passage by column name, as far as the columns were asked for."""
 
@@ -84,8 +83,6 @@ CREATE INDEX by_death ON passages(died) WHERE died < 9223372036854775807;
 _DOCUMENT = "CASE document_id WHEN '' THEN id ELSE document_id END"
 """The document of a passage; one without a document is its own."""
 _NOTHING: Mapping[str, Any] = {}
-_UNAVAILABLE = ("unable to open database file", "database is locked", "out of memory")  # of SQLite's messages
-_OPENING = "allow this process more open files, or access to the folder, and try again"
 _LATEST = "SELECT max(version), num_passages, (SELECT ifnull(max(key), 0) FROM passages) FROM versions"
 _DIED = "FROM passages WHERE died < 9223372036854775807 AND died"  # as the condition of an index says it
 _GROWTH = f"SELECT (SELECT count(*) FROM passages WHERE key > ?) - (SELECT count(*) {_DIED} = ?)"
@@ -147,6 +144,7 @@ class PassageTable:
         Raises:
             DataFormatError: there is no table, it is damaged, or it no longer has this version.
             StorageError: it cannot be opened now.
+            IndexLockedError: another program holds it locked.
         """
         path = folder / NAME
         if not path.is_file():
@@ -156,7 +154,7 @@ class PassageTable:
             wanted = "SELECT max(version) FROM versions WHERE version = coalesce(?, version)"
             found = connection.execute(wanted, (version,)).fetchone()[0]
         except sqlite3.Error as error:
-            raise _damaged(path, error) from error
+            raise unreadable(path, error) from error
         if found is None:
             subject = "its table" if version is None else f"version {version} of its table"
             raise DataFormatError(folder, f"{subject} cannot be opened (there is no such version any more)")
@@ -560,7 +558,7 @@ class PassageTable:
             except D2LLMError:
                 raise
             except (sqlite3.Error, zlib.error, *WRONG_TYPES) as error:
-                raise _damaged(self.path, error) from error
+                raise unreadable(self.path, error) from error
 
     def _gone(self) -> DataFormatError:
         problem = f"version {self.version} of its table cannot be read (it was removed)"
@@ -582,12 +580,6 @@ def _stored(kind: FieldType, value: Any) -> Any:
 
 
 _READERS: Mapping[str, Callable[[Any], Any]] = {"boolean": bool, "timestamp": moment_of, "packed text": unpack_text}
-
-
-def _damaged(path: Path, error: Exception) -> DamagedFileError | StorageError:
-    if any(sign in str(error) for sign in _UNAVAILABLE):  # a repair must not take it for damage
-        return StorageError(f"{path}: cannot be read now ({error}), which is no damage; {_OPENING}")
-    return DamagedFileError(path, f"cannot be read ({error}); {REMEDY}")
 
 
 def _check_id(name: str) -> None:

@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from d2llm.core.errors import InputError, StorageError
+from d2llm.core.errors import DamagedFileError, IndexLockedError, InputError, StorageError
+from d2llm.core.sqlite import HELD, is_locked
 
 LOCK_NAME = "write.lock"
+REMEDY = "`d2llm index ... verify --repair` rebuilds what can be read, and takes the rest from snapshots"
 _log = logging.getLogger(__name__)
-_BUSY_S = 60.0  # wait for a checkpoint of another process
+_BUSY_S = 60.0  # wait for a checkpoint of another process, or another program that holds the file
+_UNAVAILABLE = ("unable to open database file", "out of memory")  # of SQLite's messages
+_OPENING = "allow this process more open files, or access to the folder, and try again"
 _CACHE_KIB = 16_384
 _MOUNTS = Path("/proc/self/mountinfo")
 _OVER_A_NETWORK = frozenset(
@@ -46,16 +50,29 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 @contextmanager
 def storage_errors(folder: Path) -> Generator[None]:
-    """Convert errors of writing a store into ``StorageError``."""
+    """Convert errors of writing a store into ``StorageError``, or ``IndexLockedError`` of a table that is locked."""
     try:
         yield
     except (InputError, StorageError):
         raise
     except (OSError, ValueError, RuntimeError, sqlite3.Error) as error:
+        if is_locked(error):
+            raise IndexLockedError(
+                f"{folder}: nothing was written, as its table cannot be ({error}): {HELD}"
+            ) from error
         raise StorageError(
             f"{folder}: the index cannot be written ({first_line(error)}). What was committed before is kept; free "
             "disk space or grant write permission, then run the same command again"
         ) from error
+
+
+def unreadable(path: Path, error: Exception) -> DamagedFileError | StorageError:
+    """What an error of reading a table means; a repair must not take for damage what passes."""
+    if is_locked(error):
+        return IndexLockedError(f"{path}: cannot be read now ({error}), which is no damage: {HELD}")
+    if any(sign in str(error) for sign in _UNAVAILABLE):
+        return StorageError(f"{path}: cannot be read now ({error}), which is no damage; {_OPENING}")
+    return DamagedFileError(path, f"cannot be read ({error}); {REMEDY}")
 
 
 def first_line(error: BaseException) -> str:
@@ -114,7 +131,9 @@ def open_to_read(path: Path) -> sqlite3.Connection:
         connection = connect(path, "rw")
         connection.execute("SELECT version FROM versions LIMIT 1").fetchone()
         return connection
-    except sqlite3.OperationalError:
+    except sqlite3.OperationalError as error:
+        if is_locked(error):
+            raise
         wal = path.with_name(f"{path.name}-wal")
         if wal.exists() and wal.stat().st_size:
             raise  # a killed writer's last commits are in it, and only one who may write can put them into the file

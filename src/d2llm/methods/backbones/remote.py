@@ -37,6 +37,7 @@ from d2llm.core.errors import InputError, ModelError, StorageError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import remarks
+from d2llm.core.sqlite import HELD, is_locked
 from d2llm.models.backbone import Backbone
 from d2llm.models.remote.endpoint import Endpoint
 from d2llm.models.sources import find_model, load_tokenizer
@@ -445,7 +446,9 @@ class VectorCache:
                     "check free space and write permission there, or set another cache folder in the environment "
                     "variable XDG_CACHE_HOME"
                 )
-                if not isinstance(error, (sqlite3.OperationalError, OSError)):
+                if is_locked(error):
+                    advice = HELD
+                elif not isinstance(error, (sqlite3.OperationalError, OSError)):
                     advice = "it is damaged, so delete it; the vectors are asked for again"
                 raise StorageError(f"{self.path}: the cache of vectors cannot be used ({error}); {advice}") from error
 

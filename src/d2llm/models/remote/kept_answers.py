@@ -21,6 +21,7 @@ from platformdirs import user_cache_path
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.sqlite import HELD, is_locked
 
 _log = logging.getLogger(__name__)
 
@@ -146,10 +147,11 @@ class KeptAnswers:
             reason = getattr(error, "strerror", None) or error
             problem = f"{self._path}: answers of the endpoint cannot be kept ({reason})"
             if self._is_required:
-                raise InputError(
-                    f"{problem}. Free some space, make the folder writable, or delete the file if it is damaged, and "
-                    "run the same command again to continue"
-                ) from error
+                advice = (
+                    "free some space, make the folder writable, or delete the file if it is damaged, and run the same "
+                    "command again to continue"
+                )
+                raise InputError(f"{problem}; {HELD if is_locked(error) else advice}") from error
             if not self._has_failed:
                 _log.warning("%s; if this process is killed, they are asked for again", problem)
             self._has_failed = True
