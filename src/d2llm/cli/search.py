@@ -60,18 +60,6 @@ _NAMED = 5  # number of queries to list in a warning
 _PATIENCE_MINUTES = 1.0  # with a writer's endpoint that fails: then the plain query is searched
 _EXPANDING_WRITER = "smollm2"
 
-QueryOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEXT", help="Also search for this; can be repeated. (-q is --quiet.)"),
-]
-QueriesOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        callback=input_path,
-        help="Also search for each query of queries.jsonl or queries.jsonl.gz; -: standard input.",
-    ),
-]
 HistoryOption = Annotated[
     Path | None,
     typer.Option(
@@ -89,6 +77,48 @@ TokenizerOption = Annotated[
         show_default="the student",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """Options that give queries besides the words after the index."""
+
+    query: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Also search for this; can be repeated. (-q is --quiet.)"),
+    ] = None
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=input_path,
+            help="Also search for each query of queries.jsonl or queries.jsonl.gz; -: standard input.",
+        ),
+    ] = None
+
+    def read(self, session: Session, index: Path, words: list[str]) -> list[Query]:
+        """The query of the words after the index, and those of the options.
+
+        Raises:
+            InputError: there is none, or the first word is no index, but another is, or -q stands among the words.
+        """
+        from d2llm.core.types import Query
+        from d2llm.data.beir import read_queries
+
+        if not is_index(index) and (named := next((word for word in words if is_index(Path(word))), None)) is not None:
+            rest = [str(index), *(word for word in words if word != named)]
+            raise InputError(
+                f"{index}: is not an index; the index comes first; write: d2llm search {shlex.join([named, *rest])}"
+            )
+        check_quiet(session.given, words)
+        texts = [*([" ".join(words)] if words else []), *(self.query or [])]
+        if not texts and self.queries is None:
+            raise InputError("there is no query; write one after the index, or give a file with --queries")
+        if sum(" " in word for word in words) > 1:
+            advice = "for several queries, repeat --query, or give a file (or -) with --queries"
+            session.complain("warning", f"all words are one query; {advice}")
+        typed = [Query(str(position), text) for position, text in enumerate(texts, start=1)]
+        return typed + ([] if self.queries is None else list(read_queries(self.queries).values()))
 
 
 def _load_writer(
@@ -219,8 +249,7 @@ def search(
         list[str] | None, typer.Argument(metavar="QUERY", help="What to search for; all words are one query.")
     ] = None,
     *,
-    query: QueryOption = None,
-    queries: QueriesOption = None,
+    more: QueryOptions,
     student: Annotated[
         str | None, student_option(help="The student that made the index, if it has moved since.")
     ] = None,
@@ -245,11 +274,11 @@ def search(
     from d2llm.retrieval.search import Searcher
 
     session = session_of(context)
-    all_queries = read_asked(session, index, words or [], query or [], queries)
+    all_queries = more.read(session, index, words or [])
     turns = _read_history(history, len(all_queries))
     settings = _for_context(text, tokenizer, settings, around.excerpts)
     second_stage = stage.find()
-    lean = not (queries or "answering" in text)
+    lean = not (more.queries or "answering" in text)
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=lean)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
@@ -444,33 +473,6 @@ def _selection_line(selection: Selection, settings: SearchSettings, *, is_proved
     if num_shown < min(settings.top_k, selection.selected_from):
         line += f", so {counted(settings.top_k - num_shown, 'place')} left empty (a larger --select-from may fill them)"
     return line + ("; this selection is not the proved order" if is_proved else "")
-
-
-def read_asked(session: Session, index: Path, words: list[str], more: list[str], file: Path | None) -> list[Query]:
-    """The query that is written after an index, those of --query, and those of a file.
-
-    Raises:
-        InputError: there is none, or the first word is no index, but another is, or -q stands among the words.
-    """
-    from d2llm.core.types import Query
-    from d2llm.data.beir import read_queries
-
-    if not is_index(index) and (named := next((word for word in words if is_index(Path(word))), None)) is not None:
-        rest = [str(index), *(word for word in words if word != named)]
-        raise InputError(
-            f"{index}: is not an index; the index comes first; write: d2llm search {shlex.join([named, *rest])}"
-        )
-    check_quiet(session.given, words)
-    if not (words or more or file):
-        raise InputError("there is no query; write one after the index, or give a file with --queries")
-    if sum(" " in word for word in words) > 1:
-        session.complain(
-            "warning",
-            "all words are one query; for several queries, repeat --query, or give a file (or -) with --queries",
-        )
-    texts = [*([" ".join(words)] if words else []), *more]
-    typed = [Query(str(number), text) for number, text in enumerate(texts, start=1)]
-    return typed + (list(read_queries(file).values()) if file is not None else [])
 
 
 def _truncated_queries(rankings: list[Ranking], student: SearchStudent, instruction: str | None) -> str | None:

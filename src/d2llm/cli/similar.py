@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOption, output_file, student_option
-from d2llm.cli.search import QueriesOption, QueryOption
+from d2llm.cli.search import QueryOptions
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.names import counted
@@ -128,8 +128,7 @@ def classify(
         list[str] | None, typer.Argument(metavar="TEXT", help="What to classify; all words are one text.")
     ] = None,
     *,
-    query: QueryOption = None,
-    queries: QueriesOption = None,
+    more: QueryOptions,
     settings: ClassifySettings,
     out: LinesOption = STANDARD_OUTPUT,
     json_path: JsonOption = None,
@@ -139,11 +138,10 @@ def classify(
     Five to fifty examples of a class are enough. A JSON line is a text with its class and probability. The label is
     null if the text probably belongs to no class.
     """
-    from d2llm.cli.search import read_asked
     from d2llm.retrieval.classify import Classifier
 
     session = session_of(context)
-    texts = read_asked(session, opened.index, words or [], query or [], queries)
+    texts = more.read(session, opened.index, words or [])
     classifier = Classifier(opened.open(), settings)
     results = classifier.classify(texts)
     session.write_lines(out, results)
