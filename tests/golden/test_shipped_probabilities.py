@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -92,3 +94,10 @@ def test_unrelated_pairs_are_improbable_and_related_ones_probable(student, task,
     assert np.median(related) > (0.5 if of_pairs is probabilities else 0.3)  # questions and answers share few words
     # Not just the medians: most related pairs are above nearly all unrelated ones.
     assert np.quantile(related, 0.25) > np.quantile(unrelated, 0.95)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_manifest_names_no_teacher_that_took_no_part(name: str) -> None:
+    manifest = json.loads((STUDENTS[name] / "manifest.json").read_text(encoding="utf-8"))
+    named = {"teacher", "teacher_tuning"} & {*manifest["recipe"]}
+    assert named == (set() if manifest["teacher"] == "none" else {"teacher", "teacher_tuning"})
