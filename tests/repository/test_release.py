@@ -59,6 +59,8 @@ def test_workflows_run_what_there_is(repository: Path):
     jobs = workflows["tests"]["jobs"]
     one = jobs["all"]["steps"][1]["with"]["python-version"]
     assert sorted([one, *jobs["versions"]["strategy"]["matrix"]["python"]]) == versions
+    assert jobs["docs"]["steps"][-1]["run"] == "make docs"
+    assert re.search(r"^strict: true$", (repository / "mkdocs.yml").read_text(), re.MULTILINE)  # links are checked
     audit = jobs["audit"]["steps"][-1]["run"]
     assert "pip-audit --requirement constraints.txt" in audit
     assert audit.count("--ignore-vuln") == 1  # a second one has its reason in SECURITY.md, too
