@@ -97,7 +97,7 @@ def test_pylates_form_is_read_by_the_library_too(student, folders):
     np.testing.assert_allclose(model.similarity(queries, passages).numpy() / counts, maxsims(student), atol=1e-5)
 
 
-@pytest.mark.skipif(PYLATE is None, reason="PyLate needs other versions: set D2LLM_PYLATE_PYTHON to a Python with it")
+@pytest.mark.skipif(PYLATE is None, reason="set D2LLM_PYLATE_PYTHON to a Python with PyLate (see CONTRIBUTING.md)")
 def test_pylate_computes_the_same_scores(student, folders, tmp_path):
     if student.config.backbone.query_prefix:
         pytest.skip("its encode has a prompt for all texts of a call")
