@@ -11,14 +11,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from campaign.frame import Draw, Outcome, Row, main
-from campaign.more_verbs import changes, later_verbs
+from campaign.more_verbs import Verbs, all_verbs
 from campaign.namespaces import enter, run_as_root
 from campaign.surroundings import ERROR_STATUS, end_with_status
-from campaign.verb_kills import Verb, check_same, in_a_fork, prepared_verbs
+from campaign.verb_kills import check_same, in_a_fork
 
 _PAGE = 4  # KiB
 _MUCH = 50_000
@@ -70,11 +70,11 @@ class Disk:
 @contextmanager
 def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
     run_as_root("ip", "link", "set", "lo", "up")
-    with later_verbs(folder / "later") as later:
-        yield _prepared_case(folder, prepared_verbs(folder) | {"change": changes(folder / "changes")} | later)
+    with all_verbs(folder) as verbs:
+        yield _prepared_case(folder, verbs)
 
 
-def _prepared_case(folder: Path, verbs: dict[str, Verb]) -> Callable[[Draw], Outcome]:
+def _prepared_case(folder: Path, verbs: Verbs) -> Callable[[Draw], Outcome]:
     @contextmanager
     def disk_for(name: str) -> Iterator[Disk]:
         disk = Disk(folder / "disk")
@@ -85,7 +85,9 @@ def _prepared_case(folder: Path, verbs: dict[str, Verb]) -> Callable[[Draw], Out
         finally:
             disk.remove()
 
-    for name, (pages, files) in (NEEDS | NEEDS_LATER).items():
+    @cache
+    def require_enough(name: str) -> None:
+        pages, files = (NEEDS | NEEDS_LATER)[name]
         with disk_for(name) as disk:
             disk.leave(pages=pages, files=files)
             assert in_a_fork(verbs[name].run, disk.folder) == 0, (
@@ -95,6 +97,7 @@ def _prepared_case(folder: Path, verbs: dict[str, Verb]) -> Callable[[Draw], Out
     def case(chance: Draw) -> Outcome:
         name, kind, left = CASES[chance.number % len(CASES)]
         verb, what = verbs[name], f"{name} with {left} {kind} left"
+        require_enough(name)
         with disk_for(name) as disk:
             log = disk.folder.with_suffix(".log")
             disk.leave(**{kind: left})

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from campaign.verb_kills import Runs, Verb, prepared_verbs, run_command, stored
+from campaign.verb_kills import Runs, Verb, first_runs, prepared, run_command, stored
 from d2llm import Index, Student
 from d2llm.fitting.fit import fit
 from d2llm.retrieval.shard import shard
@@ -75,16 +75,38 @@ def in_shards(root: Path) -> dict[str, Any]:
     return {one: row for path in (root / "shards").glob("shard-*") for one, row in stored(path).items()}
 
 
-@contextmanager
-def later_verbs(folder: Path, names: Sequence[str] = ("shard", "export", "fit")) -> Iterator[dict[str, Verb]]:
-    """Of ``shard``, ``export`` and ``fit``, whose writer is in this process, those with these names."""
-    index, documents = write_tiny_index(folder), write_documents(folder / "documents")
-    student = folder / "student-0"
-    with local_endpoint(ask_about_passage) as endpoint:
-        settings = settings_for(student, endpoint.url)
-        runs: Runs = {
+class Verbs(dict[str, Verb]):
+    """All verbs by name, each of which is prepared when it is first asked for."""
+
+    def __init__(self, folder: Path, writer: str) -> None:
+        """``writer``: the address of what writes the queries of ``fit``."""
+        super().__init__()
+        self._folder, self._writer = folder, writer
+        self._runs = first_runs(folder)
+
+    def __missing__(self, name: str) -> Verb:
+        verb = changes(self._folder / "changes") if name == "change" else self._prepared(name)
+        self[name] = verb
+        return verb
+
+    def _prepared(self, name: str) -> Verb:
+        if name not in self._runs:
+            self._runs |= self._later_runs(self._folder / "later")
+        return prepared(self._folder / f"undisturbed-{name}", *self._runs[name])
+
+    def _later_runs(self, folder: Path) -> Runs:
+        index, documents = write_tiny_index(folder), write_documents(folder / "documents")
+        student = folder / "student-0"
+        settings = settings_for(student, self._writer)
+        return {
             "shard": (lambda root: (root / "shards").exists() or shard(index, root / "shards", 3), in_shards),
             "export": (export(student), exported),
             "fit": (lambda root: fit(documents, root / "fit", settings, device="cpu", dtype="float32"), fitted),
         }
-        yield prepared_verbs(folder, {name: runs[name] for name in names})
+
+
+@contextmanager
+def all_verbs(folder: Path) -> Iterator[Verbs]:
+    """The verbs; what writes the queries of ``fit`` is in this process."""
+    with local_endpoint(ask_about_passage) as endpoint:
+        yield Verbs(folder, endpoint.url)

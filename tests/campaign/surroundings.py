@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from campaign.frame import Draw, Outcome, Row, main, used_memory
-from campaign.more_verbs import changes, later_verbs
-from campaign.verb_kills import Verb, check_same, in_a_fork, prepared_verbs
+from campaign.more_verbs import Verbs, all_verbs
+from campaign.verb_kills import check_same, in_a_fork
 from d2llm.cli.main import _told
 
 ERROR_STATUS = 40
@@ -113,11 +113,11 @@ WEIGHTS = {"sync": 3, "encode": 2, "label": 2, "train": 1, "change": 3, "shard":
 
 @contextmanager
 def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
-    with later_verbs(folder / "later") as later:
-        yield _prepared_case(folder, prepared_verbs(folder) | {"change": changes(folder / "changes")} | later)
+    with all_verbs(folder) as verbs:
+        yield _prepared_case(folder, verbs)
 
 
-def _prepared_case(folder: Path, verbs: dict[str, Verb]) -> Callable[[Draw], Outcome]:
+def _prepared_case(folder: Path, verbs: Verbs) -> Callable[[Draw], Outcome]:
     def case(chance: Draw) -> Outcome:
         name, surrounding = chance.choices([*WEIGHTS], [*WEIGHTS.values()])[0], chance.choice([*SURROUNDINGS])
         verb, root = verbs[name], folder / f"{chance.getrandbits(64):x}"

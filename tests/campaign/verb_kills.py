@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,8 @@ def check_same(verb: str, found: Any, expected: Any) -> None:
         assert_allclose(values[-1], expected[key][-1], rtol=relative, atol=1e-5)  # other batches
 
 
-def _runs(root: Path) -> Runs:
+def first_runs(root: Path) -> Runs:
+    """The verbs that were killed first."""
     student = write_tiny_student(root)
     documents, workspace = write_documents(root / "documents", 60), Workspace(root / "workspace")
     source, options = topics(num_train=_QUERIES), {"device": "cpu", "dtype": "float32"}
@@ -137,17 +138,14 @@ def in_a_fork(run: Callable[[Path], object], folder: Path, seconds: float = floa
     return os.waitpid(pid, 0)[1]
 
 
-def prepared_verbs(folder: Path, runs: Runs | None = None) -> dict[str, Verb]:
-    """The verbs, by default those that are killed, each of which was run once undisturbed."""
+def prepared(root: Path, run: Callable[[Path], object], result: Callable[[Path], Any]) -> Verb:
+    """A verb that was run once undisturbed, in ``root``."""
     torch.set_num_threads(1)  # its threads would not be there in a fork
-    verbs: dict[str, Verb] = {}
-    for name, (run, result) in (runs or _runs(folder)).items():
-        (root := folder / f"undisturbed-{name}").mkdir()
-        began = time.monotonic()
-        status = in_a_fork(run, root)
-        assert status == 0, root.with_suffix(".log").read_text()[-3_000:]
-        verbs[name] = Verb(run, result, time.monotonic() - began, result(root))
-    return verbs
+    root.mkdir()
+    began = time.monotonic()
+    status = in_a_fork(run, root)
+    assert status == 0, root.with_suffix(".log").read_text()[-3_000:]
+    return Verb(run, result, time.monotonic() - began, result(root))
 
 
 FIRST = 454
@@ -156,15 +154,12 @@ FIRST = 454
 
 @contextmanager
 def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
-    from campaign.more_verbs import later_verbs  # which takes from this module
+    from campaign.more_verbs import all_verbs  # which takes from this module
 
-    verbs = prepared_verbs(folder)
-    with ExitStack() as stack:
+    with all_verbs(folder) as verbs:
 
         def case(chance: Draw) -> Outcome:
             name = chance.choices([*_VERBS], [4, 2, 2, 1])[0] if chance.number < FIRST else "fit"
-            if name not in verbs:
-                verbs.update(stack.enter_context(later_verbs(folder / "later", [name])))
             return _killed(name, verbs[name], folder / f"{chance.getrandbits(64):x}", chance)
 
         yield case
