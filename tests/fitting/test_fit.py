@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -372,6 +373,22 @@ def test_a_training_that_is_not_finished_in_time_is_left(student, endpoint, tmp_
     assert "not finished: out of time" in done.folder.report_page.read_text()
     assert [path.name for path in done.folder.work.glob("run-*")]
     assert not list(done.folder.work.glob("run-*/student"))
+
+
+@pytest.mark.parametrize(
+    ("zone", "ends"),
+    [("UTC0", "2027-01-15 09:00"), ("XXX-24:59", "2027-01-16 09:59")],
+    ids=["UTC", "further ahead than Python's own time zones may be"],
+)
+def test_the_page_says_when_a_fit_ends_by_the_clock_of_any_time_zone(tmp_path, monkeypatch, zone, ends):
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)  # 2027-01-15 08:00 UTC
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    stages = Stages(tmp_path / "report.html", "documents", 3_630)
+    stages.write_page()
+    monkeypatch.undo()
+    time.tzset()
+    assert f"Ends at about {ends}: 60 min left." in stages.page.read_text()
 
 
 def test_a_student_that_there_is_no_time_to_compare_is_not_kept(student, endpoint, tmp_path, monkeypatch):

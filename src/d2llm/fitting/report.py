@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -271,11 +270,11 @@ class Stages:
 
     def write_page(self) -> None:
         """Write the page with the present state."""
-        ends = datetime.now().astimezone() + timedelta(seconds=self.seconds_left)
+        ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + self.seconds_left))
         state, refresh = "Nothing is running.", None
         if self._is_running:
             left = _minutes(max(0.0, self.seconds_left))
-            state, refresh = f"Ends at about {ends:%Y-%m-%d %H:%M}: {left} left.", REFRESH_SECONDS
+            state, refresh = f"Ends at about {ends}: {left} left.", REFRESH_SECONDS
         document = Document(f"Fitting {self.title}", [Section("", [self.table()])], state, refresh)
         write_bytes(self.page, page(document).encode())
 
