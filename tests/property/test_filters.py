@@ -20,6 +20,7 @@ from d2llm.store.blocks import record_of
 from d2llm.store.filters import parse_filter
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import MetadataSchema
+from examples import examples
 
 UTC = timezone.utc
 SCHEMA = MetadataSchema(
@@ -227,6 +228,7 @@ def join(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 conditions = st.recursive(comparisons(), join, max_leaves=8)
 
 
+@settings(max_examples=examples(120))
 @given(condition=conditions)
 def test_filters_match_their_evaluation_in_python(table: PassageTable, condition: Any) -> None:
     expected = sorted(row["id"] for row in ROWS if condition.truth(row) is True)
@@ -255,6 +257,7 @@ PIECES = """
 """
 
 
+@settings(max_examples=examples(200))
 @given(text=st.text(max_size=40) | st.lists(st.sampled_from([*TYPES, *PIECES.split()]), max_size=14).map(" ".join))
 def test_any_text_is_a_filter_or_a_filter_error(text: str) -> None:
     try:
