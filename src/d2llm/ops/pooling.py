@@ -54,6 +54,7 @@ class MeanPooling(Pooling, kind="mean"):
 class FirstPooling(Pooling, kind="first"):
     """The first token, CLS in many encoders."""
 
+    measured = "not measured: the models at hand were trained for the mean or the last token"
     takes_one_token: ClassVar[bool] = True
 
     def pool(

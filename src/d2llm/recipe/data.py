@@ -83,6 +83,8 @@ class Sampling(SectionOfKind):
 class Uniform(Sampling, kind="uniform"):
     """A random order."""
 
+    measured = "not measured: which negatives a query gets was compared by their sources, not by their order"
+
     def order(self, pool: Sequence[NegativeCandidate], rng: random.Random) -> Sequence[NegativeCandidate]:
         """A random order."""
         return rng.sample(pool, len(pool))
@@ -90,6 +92,8 @@ class Uniform(Sampling, kind="uniform"):
 
 class Top(Sampling, kind="top"):
     """The best ranks first, of the better rank of the lists, then by id."""
+
+    measured = "not measured, as `uniform`"
 
     def order(self, pool: Sequence[NegativeCandidate], rng: random.Random) -> Sequence[NegativeCandidate]:
         """The best ranks first."""
@@ -99,6 +103,7 @@ class Top(Sampling, kind="top"):
 class RankWeighted(Sampling, kind="rank_weighted"):
     """Without replacement, with probabilities proportional to 1 / (rank + 1), of the better rank of the lists."""
 
+    measured = "not measured, as `uniform`"
     paper = "Efraimidis and Spirakis, Weighted random sampling with a reservoir, 2006"
 
     def order(self, pool: Sequence[NegativeCandidate], rng: random.Random) -> Sequence[NegativeCandidate]:

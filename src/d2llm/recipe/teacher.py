@@ -215,6 +215,8 @@ class LocalTeacherConfig(_ShippedTeacher):
 class AutoTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="auto"):
     """A teacher whose kind follows from its folder: pretrained weights, a tuned teacher, a student, an ensemble."""
 
+    measured = "not measured: it is one of the others"
+
     def load(self, *, device: str | None = None, dtype: str | None = None) -> PairTeacher:
         """As the kind that the folder shows."""
         return self.detected.load(device=device, dtype=dtype)
@@ -282,6 +284,10 @@ class VllmTeacherConfig(PromptedTeacherConfig, kind="vllm"):
     """A causal language model that vLLM's offline engine runs in this process (docs/how-to/large-teachers.md)."""
 
     needs = frozenset({"gpu"})
+    measured = (
+        "the scores of the local teacher, at most 3e-5 from them in float32 "
+        "([40 pairs](log/2026-11.md#2026-11-29-vllm-itself-on-a-cpu))"
+    )
     costs = "the package vllm, in an environment of its own"
     teacher_class = "vllm:VllmTeacher"
     can_be_tuned = True
@@ -433,6 +439,7 @@ class GradedTeacherConfig(ListTeacherConfig, kind="graded"):
 class ListwiseTeacherConfig(ListTeacherConfig, kind="listwise"):
     """Any OpenAI-compatible endpoint: it ranks the passages of a query."""
 
+    measured = "not measured: what is recorded of a large language model are grades"
     paper = "Sun et al., EMNLP 2023 (Is ChatGPT Good at Search?)"
     teacher_class = "lists:ListwiseTeacher"
     ranks_lists = True
@@ -463,6 +470,7 @@ class LikelihoodTeacherConfig(_ShippedTeacher, kind="likelihood"):
 class CosineTeacherConfig(_ShippedTeacher, kind="cosine"):
     """A student, or a bi-encoder: the score of two vectors."""
 
+    measured = "not measured: it is as good as its student"
     teacher_class = "cosine:CosineTeacher"
 
 

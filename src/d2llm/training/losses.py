@@ -212,6 +212,7 @@ class InBatchCrossEntropy(Loss, kind="in_batch_cross_entropy"):
 class DotCrossEntropy(Loss, kind="dot_cross_entropy"):
     """The same for the inner-product part alone (dot head): keeps the vectors useful on their own."""
 
+    measured = "not measured alone: it trains the vectors in the recipe `d2llm-llm-teacher`"
     needs = frozenset({"judgements"})
     of_vectors: ClassVar[bool] = True
 
@@ -225,6 +226,7 @@ class DotCrossEntropy(Loss, kind="dot_cross_entropy"):
 class TokenCrossEntropy(Loss, kind="token_cross_entropy"):
     """The same for the token embeddings alone, where they count in training (``score_features.in_training``)."""
 
+    measured = "not measured alone: it trains the tokens in the recipe `d2llm-joint`"
     needs = frozenset({"judgements"})
     of_vectors: ClassVar[bool] = True
 

