@@ -4,6 +4,7 @@
     python benchmarks/engine.py                                   20,000 passages, a few minutes
     python benchmarks/engine.py --passages 100000 --work INDICES --json benchmarks/results/engine.json
     python scripts/quality_tables.py                              README's table of costs, from that file
+    python benchmarks/engine.py --judged stackfaq nfcorpus       nDCG@10 of the same searches, on judged dev queries
 
 Each query goes to all searches, in random order because each leaves caches to the next that hold its own data. Nothing
 is read again: the query's vector and those of its tokens are known. How long reading takes is measured apart, and so is
@@ -12,7 +13,9 @@ processor, so other work matters little. "By hand" is an approximate index of us
 inverted index of tantivy (English stems), and MaxSim in NumPy over both lists, 16-bit tokens; its scores are added with
 the weights of the student. Recall is that of the first ten against the full score of every passage; that of "by hand"
 is lower also because its BM25 is another one. LanceDB and FAISS rank by other scores. PyLate's index (fast-plaid 1.7)
-is built for older versions of torch, and crashes with 2.13. Passages are real ones and variations (`scaling.corpus`).
+is built for older versions of torch, and crashes with 2.13. Passages are real ones and variations (`scaling.corpus`),
+which nobody judged: how good the rankings are is measured with --judged, on whole data sets. (`engine_quality.py` is
+about another thing, the programs that run the student.)
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,16 +42,20 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import torch
+from candidate_depth import indexed
 from scaling.corpus import FRACTIONS, Corpus, KnownVectors, read_real, write_json
 from scaling.data_sets import DATA, require
 from scaling.stores import build
 
 from d2llm import Student
 from d2llm.core.manifest import package_versions
-from d2llm.core.types import Query
+from d2llm.core.types import Query, ScoreFeature
+from d2llm.data.beir import read_beir
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.row_features import mean_of_cosines
 from d2llm.models.teachers.pair_teacher import score_passages
 from d2llm.ops.kernels import BM25, MAXSIM
+from d2llm.ops.measures import per_query_measures
 from d2llm.recipe import ClassifierTeacherConfig
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.local_segment import open_view
@@ -162,21 +171,88 @@ def plain_words(text: str) -> str:
     return "".join(letter if letter.isalnum() else " " for letter in text).lower()
 
 
+def made_row(passage_id: str) -> int:
+    """The row of a passage of ``Corpus``."""
+    return int(passage_id.rsplit("-", 1)[1])
+
+
 def not_installed() -> str:
     """Which of the peers' packages are missing; empty: none."""
     missing = [name for name in ("usearch", "tantivy", "lancedb") if importlib.util.find_spec(name) is None]
     return f"not installed: pip install {' '.join(missing)}" if missing else ""
 
 
-def ours(view: IndexView, known: KnownVectors, **settings: Any) -> Callable[[Encoded], list[int]]:
+def ours(
+    view: IndexView, student: SearchStudent, row_of: Callable[[str], int] = made_row, **settings: Any
+) -> Callable[[Encoded], list[int]]:
     """A search of d2llm; rows of the first ten."""
-    searcher = Searcher(view, known, SearchSettings(task=TASK, top_k=TOP_K, **settings))
+    searcher = Searcher(view, student, SearchSettings(task=TASK, top_k=TOP_K, **settings))
 
     def rank(query: Encoded) -> list[int]:
         [ranking] = searcher.rank([Query("1", query[0])], vectors=query[1], tokens=query[2])
-        return [int(each.passage.id.rsplit("-", 1)[1]) for each in ranking.passages]
+        return [row_of(each.passage.id) for each in ranking.passages]
 
     return rank
+
+
+def of_d2llm(
+    view: IndexView, student: SearchStudent, weights: dict[ScoreFeature, float], row_of: Callable[[str], int] = made_row
+) -> dict[str, Callable[[Encoded], list[int]]]:
+    """The searches of d2llm, by name."""
+    rank = partial(ours, view, student, row_of)
+    of_words = {name: weight for name, weight in weights.items() if name != "maxsim"}
+    return {
+        "full score": rank(score_features=weights),
+        "full score, all vectors scanned": rank(score_features=weights, sources=("vectors", "bm25")),
+        "vectors and words": rank(score_features=of_words),
+        "vectors alone": rank(score_features={}),
+        "vectors alone, all scanned": rank(score_features={}, sources=("vectors",)),
+        "words alone": lambda query: view.segments[0].match(query[0], TOP_K).rows.tolist(),
+    }
+
+
+def of_peers(
+    view: PassageView, student: Student, texts: Sequence[str], work: Path
+) -> dict[str, Callable[[Encoded], list[int]]]:
+    """The searches of others, by name."""
+    by_hand = ByHand(view, student, texts, work / "words")
+    return {
+        "by hand: usearch, tantivy, MaxSim": by_hand.rank,
+        "FAISS, vectors alone, all compared": FaissFlat(by_hand.vectors, student).rank,
+        "LanceDB, hybrid": LanceHybrid(by_hand.vectors, student, texts, work / "lance").rank,
+    }
+
+
+def read_queries(student: Student, texts: Sequence[str]) -> list[Encoded]:
+    """Their vectors, and those of their tokens."""
+    queries: list[Encoded] = []
+    for text in texts:
+        read = student.encode_with_tokens([text], "query")
+        assert read.tokens is not None
+        queries.append((text, read.vectors, read.tokens.split()))
+    return queries
+
+
+def judged(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """nDCG@10 of every search among all passages of a data set, for its first dev queries."""
+    student = Student.load(STUDENT)
+    dataset = read_beir(DATA / name, splits=["dev"])
+    qrels = dict(islice(((query, of_query) for query, of_query in dataset.qrels["dev"].items()), args.queries))
+    index = indexed(student, dataset, TASK, work / f"judged-{name}")
+    stored = PassageView(index.store)
+    ids = stored.ids(np.arange(len(stored)))
+    view = open_view(Storage.single(index.store))
+    weights = student.feature_weights(TASK, stored=view.part_kinds).terms
+    searches = of_d2llm(view, student, weights, {passage: row for row, passage in enumerate(ids)}.__getitem__)
+    if not args.no_peers and not not_installed():
+        searches |= of_peers(stored, student, [dataset.passages[each].full_text for each in ids], work)
+    queries = read_queries(student, [dataset.queries[query].text for query in qrels])
+    values: dict[str, float] = {}
+    for search, rank in searches.items():
+        rankings = {query: [ids[row] for row in rank(read)] for query, read in zip(qrels, queries, strict=True)}
+        values[search] = fmean(per_query_measures(rankings, qrels)["nDCG@10"].values())
+        print(f"{name:14} {search:40} nDCG@10 {values[search]:.4f}", flush=True)
+    return {"passages": len(ids), "queries": len(queries), "nDCG@10": values}
 
 
 def reading(texts: Sequence[str], shown: Sequence[Sequence[str]]) -> dict[str, dict[str, float]]:
@@ -215,11 +291,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     corpus, folder = Corpus(real, vectors, args.passages, longer=2), work / f"engine-{args.passages}"
     if not folder.exists():
         build(folder, corpus, known, "bfloat16", token_vectors="int4")
-    queries: list[Encoded] = []
-    for text in of_task[TASK].texts:
-        read = student.encode_with_tokens([text], "query")
-        assert read.tokens is not None
-        queries.append((text, read.vectors, read.tokens.split()))
+    queries = read_queries(student, of_task[TASK].texts)
     store = IndexStore.open(folder)
     begin = time.process_time()
     report = build_ann(store, student)
@@ -228,22 +300,11 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     assert BM25.load() is not None
     assert MAXSIM.load() is not None
     weights = student.feature_weights(TASK, stored=view.part_kinds).terms
-    of_words = {name: weight for name, weight in weights.items() if name != "maxsim"}
-    searches = {
-        "full score": ours(view, known, score_features=weights),
-        "full score, all vectors scanned": ours(view, known, score_features=weights, sources=("vectors", "bm25")),
-        "vectors and words": ours(view, known, score_features=of_words),
-        "vectors alone": ours(view, known, score_features={}),
-        "vectors alone, all scanned": ours(view, known, score_features={}, sources=("vectors",)),
-        "words alone": lambda query: view.segments[0].match(query[0], TOP_K).rows.tolist(),
-    }
+    searches = of_d2llm(view, known, weights)
     skipped = not_installed() if not args.no_peers else "not asked for"
     if not skipped:
         texts = [passage.full_text for passages, _ in corpus.blocks() for passage in passages]
-        by_hand = ByHand(PassageView(store), student, texts, work / "words")
-        searches["by hand: usearch, tantivy, MaxSim"] = by_hand.rank
-        searches["FAISS, vectors alone, all compared"] = FaissFlat(by_hand.vectors, student).rank
-        searches["LanceDB, hybrid"] = LanceHybrid(by_hand.vectors, student, texts, work / "lance").rank
+        searches |= of_peers(PassageView(store), student, texts, work)
     everything = ours(
         view, known, score_features=weights, num_candidates=2 * args.passages, sources=("vectors", "bm25")
     )
@@ -291,6 +352,7 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=5_000, help="real passages among them; the rest are variations")
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--work", type=Path, help="folder of the index and of the real passages' vectors, used again")
+    parser.add_argument("--judged", nargs="+", metavar="SET", help="measure nDCG@10 on these data sets, and no times")
     parser.add_argument("--no-peers", action="store_true", help="measure d2llm alone")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -298,7 +360,15 @@ def main() -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, args.work or Path(folder))
+        work = args.work or Path(folder)
+        if args.judged:
+            if not args.no_peers and (missing := not_installed()):
+                parser.error(missing)
+            result = {name: judged(name, args, work) for name in args.judged}
+            if args.json:
+                write_json(args.json, result)
+            return
+        result = measure(args, work)
     for name, row in result["searches"].items():
         print(f"{name:40} p50 {row['ms']['p50']:7.2f} ms, p90 {row['ms']['p90']:7.2f} ms, recall {row['recall']:.3f}")
     for name, row in result["reading"].items():
