@@ -420,6 +420,13 @@ class Index(OpenIndex):
             InputError: a setting, a query or a turn is invalid, or a history is without a rewriter.
             FilterError: the filter cannot be parsed, or does not fit the metadata.
             RecipeError: there is no such reranker, or it has wrong settings.
+
+        Example:
+            >>> from d2llm import Index
+            >>> with Index.create("years.index", "d2llm-minilm") as index:
+            ...     _ = index.upsert([{"id": f"tea{year}", "text": "Tea.", "year": year} for year in (2023, 2025)])
+            ...     [result.passage.id for result in index.search("tea", filter="year > 2024", top_k=5).passages]
+            ['tea2025']
         """
         from d2llm.retrieval.reranker import open_reranker
         from d2llm.retrieval.rewriting import rewritten, with_rewriting

@@ -63,6 +63,11 @@ class Teacher(InterruptibleTeacher):
             ModelNotFoundError: there are no usable weights.
             ModelError: the model is not a teacher of that kind.
             InputError: its head is new and was never tuned, or there is no such kind.
+
+        Example:
+            >>> from d2llm import Teacher
+            >>> Teacher.load("cosine:d2llm-minilm", device="cpu")
+            Teacher(d2llm-minilm, kind cosine, fingerprint ...)
         """
         config = model if isinstance(model, TeacherConfig) else named_teacher(str(path_of(model, "model")))
         return cls(load_teacher(config, device=device, dtype=dtype), config)
@@ -78,10 +83,11 @@ class Teacher(InterruptibleTeacher):
             InputError: something is not a pair of texts.
             ModelError: the model fails; of a remote teacher, after the retries of its settings.
 
-        Example::
-
-            teacher = Teacher.load("smollm2")
-            teacher.score([("what do bees make?", "Bees make honey."), ("what do bees make?", "Tea is hot.")])
+        Example:
+            >>> from d2llm import Teacher
+            >>> with Teacher.load("cosine:d2llm-minilm", device="cpu") as teacher:
+            ...     teacher.score([("Bees make honey.", "Honey is made by bees.")], "symmetric") > 0
+            array([ True])
         """
         check_choice(task, "task", TASKS)
         return self.score_pairs(pairs, task).log_odds
