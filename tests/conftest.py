@@ -143,10 +143,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_among(item.path, NUMERIC_FOLDERS, NUMERIC_FILES):
             item.add_marker(pytest.mark.numeric)
-        if _is_slow(item.path):
-            item.add_marker(pytest.mark.slow)
         if _is_rest(item.path):
             item.add_marker(pytest.mark.rest)
+        if _is_slow(item.path) or item.get_closest_marker("rest"):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("network") and os.environ.get("D2LLM_TEST_NETWORK") != "1":
             item.add_marker(pytest.mark.skip(reason="needs the network: set D2LLM_TEST_NETWORK=1"))
         if item.get_closest_marker("gpu") and not _has_gpu():

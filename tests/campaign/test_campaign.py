@@ -63,7 +63,7 @@ ROWS = {
     soak.ROW: 500,
     starved_server.ROW: 3,
     store_kills.ROW: 12,
-    surroundings.ROW: 10,
+    surroundings.ROW: 4,
     verb_kills.ROW: 2,
 }
 """How many cases of a full run are drawn here."""

@@ -298,6 +298,7 @@ class TestStudentAndIndex:
         assert "8 passages" in result.stdout
 
     @pytest.mark.slow
+    @pytest.mark.rest
     def test_loops_are_compiled_on_request(self, sandbox):
         code = "import sys; from d2llm.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-c", code, "doctor", "--student", STUDENT, "--warm", "--json", "report.json"]

@@ -143,6 +143,7 @@ def test_a_setting_has_its_type_and_help_and_a_function_of_a_page_its_place(site
     assert 'id="d2llm.retrieval.shard.shard"' in (site / "api" / "submodules.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.rest
 def test_broken_links_are_errors(tmp_path: Path):
     for folder in ("docs", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

@@ -39,7 +39,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_index(tmp_path_factory.mktemp("mcp"), 24, "docs")
 
 
-@pytest.mark.parametrize("mode", ["auto", "legacy"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("legacy", marks=pytest.mark.rest)])
 def test_an_agent_uses_every_tool_that_reads(index: Path, mode: str):
     async def work(client: Client) -> None:
         tools = (await client.list_tools()).tools
