@@ -85,7 +85,7 @@ class QueryOptions:
 
     query: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Also search for this; can be repeated. (-q is --quiet.)"),
+        typer.Option(metavar="TEXT", help="Also search for this; can be repeated (-q is --quiet)."),
     ] = None
     queries: Annotated[
         Path | None,
