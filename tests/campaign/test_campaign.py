@@ -43,6 +43,7 @@ from campaign.guided_targets import Target
 from campaign.histories import Call, is_linearizable
 from campaign.power_cuts import Disk, File
 from campaign.table import PAGE, page_with_table
+from examples import TESTS_ALL
 
 ROWS = {
     changing_files.ROW: 4,
@@ -67,6 +68,14 @@ ROWS = {
     verb_kills.ROW: 2,
 }
 """How many cases of a full run are drawn here."""
+if TESTS_ALL:
+    ROWS |= {
+        invariances.ROW: 200,
+        malformed_files.ROW: 40,
+        malformed_requests.ROW: 200,
+        soak.ROW: 1_000,
+        surroundings.ROW: 10,
+    }
 pytestmark = pytest.mark.timeout(1200)
 
 
