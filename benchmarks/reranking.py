@@ -6,11 +6,12 @@ For each query, the first 50 passages of BM25, and of the cosine of the untuned 
 - `whole`: the score of `Student.rank`, with words as rare as in the tables that ship;
 - `whole, set`: the same with the words of the set's own passages, as with an index of them.
 
-nDCG@10 by the data set's judgements. The lists of 20 passages that a large language model has graded
-(`judgements/SET.jsonl`) are ranked too, beside its grades; the queries are those of these lists, of dev splits. The
-time of reranking 50 passages is measured for single queries, from texts to a ranking.
+nDCG@10 by the data set's judgements. A large language model is the teacher: it has graded 20 passages of each query
+(`judgements/SET.jsonl`, which are ranked, too), and of some queries all passages of both lists
+(`judgements/long/SET.jsonl`). The queries are those of its lists, of dev splits. The time of reranking 50 passages is
+measured for single queries, from texts to a ranking.
 
-    python benchmarks/reranking.py DATA [SET ...] --json benchmarks/results/reranking.json
+    python benchmarks/reranking.py DATA [SET ...] --work VECTORS --json benchmarks/results/reranking.json
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from recorded_judge import read_graded_lists, recorded_teacher
+from recorded_judge import RECORDED, mean_grades, read_graded_lists
 
 from d2llm import Student
 from d2llm.data.beir import Dataset, read_beir
-from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.models.text_scores import Background, TextQuery, TextScorer
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
@@ -39,9 +39,12 @@ from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
 
 MEASURE = "nDCG@10"
 DEPTH = 50
+ENGINE = "openvino-int8"
+"""Reads the corpora for the untuned backbone's lists; with torch, it takes three times as long."""
 SETS = ("covidqa", "medquad", "squad-sent", "nfcorpus", "stackfaq", "wikiqa")
 COUNTED = ("covidqa", "medquad", "squad-sent")
 """Sets of whose texts, or of texts from the same articles, some are counted in the tables that ship."""
+LONG = {path.stem for path in RECORDED.glob("long/*.jsonl")}
 _TIMED_QUERIES = 30
 Scores = Mapping[str, Mapping[str, float]]
 """By query and passage."""
@@ -68,46 +71,76 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("sets", nargs="*", default=SETS)
     parser.add_argument("--student", default="d2llm-minilm")
+    parser.add_argument("--work", type=Path, required=True, help="where the backbone's vectors are kept")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     student = Student.load(arguments.student, device="cpu")
     untuned = Student.create(StudentConfig(), device="cpu")
-    results: dict[str, Any] = {"measure": MEASURE, "student": student.fingerprint, "depth": DEPTH, "sets": {}}
+    untuned.use_engine(ENGINE)
+    results: dict[str, Any] = {"measure": MEASURE, "depth": DEPTH, "sets": {}}
+    if arguments.json is not None and arguments.json.exists():  # other sets stay as they were measured
+        results["sets"] = json.loads(arguments.json.read_text(encoding="utf-8"))["sets"]
     for name in arguments.sets:
-        results["sets"][name] = measured(student, untuned, arguments.data / name)
+        results["sets"][name] = measured(student, untuned, arguments.data / name, arguments.work)
         print(name, json.dumps(results["sets"][name]), flush=True)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def measured(student: Student, untuned: Student, folder: Path) -> dict[str, Any]:
+def measured(student: Student, untuned: Student, folder: Path, work: Path) -> dict[str, Any]:
     """What was measured on a set."""
-    graded = [one for one in read_graded_lists(folder.name) if one.split == "dev" and one.judging == 1]
+    recorded = [one for one in read_graded_lists(folder.name) if one.split == "dev"]
+    long = read_graded_lists(f"long/{folder.name}") if folder.name in LONG else []
+    graded = [one for one in recorded if one.judging == 1]
     dataset = read_beir(folder, splits=["train", "dev"])
     qrels = {one.query_id: dataset.qrels["dev"][one.query_id] for one in graded}
     texts = {name: passage.full_text for name, passage in dataset.passages.items()}
     words = WordIndex.from_texts(texts.values())
     lists = {
         "BM25": bm25_lists(dataset, words, texts, [*qrels]),
-        "cosine": cosine_lists(untuned, dataset, texts, [*qrels]),
+        "cosine": cosine_lists(untuned, dataset, texts, [*qrels], work),
         "graded": {one.query_id: list(one.passages) for one in graded},
+        **(orders_all_graded(folder.name) if long else {}),
     }
     systems = scored(student, words, dataset, texts, lists)
-    systems["grades"] = grades(load_teacher(recorded_teacher(folder)), dataset, texts, lists["graded"])
-    result: dict[str, Any] = {"queries": len(qrels), "counted": folder.name in COUNTED, "lists": {}}
+    systems["best"] = {query: {name: float(judged.get(name, 0)) for name in texts} for query, judged in qrels.items()}
+    grades = mean_grades([*recorded, *long])
+    result: dict[str, Any] = {"student": student.fingerprint, "counted": folder.name in COUNTED, "lists": {}}
     for kind, candidates in lists.items():
-        order = {query: {name: -float(rank) for rank, name in enumerate(ids)} for query, ids in candidates.items()}
-        best = {query: {name: float(judged.get(name, 0)) for name in texts} for query, judged in qrels.items()}
-        values: dict[str, list[float]] = {}
-        for system, of in {**systems, "best": best}.items():
-            if kind == "graded" or system != "grades":
-                listed = {query: {name: of[query][name] for name in ids} for query, ids in candidates.items()}
-                values[system] = measure(listed, qrels)
-        if kind != "graded":
-            values["first"] = measure(order, qrels)
+        has_grades = {"grades": grades} if "graded" in kind else {}
+        values = ranked_again(candidates, systems | has_grades, qrels, ordered=kind != "graded")
         result["lists"][kind] = compared(values)
     result["milliseconds"] = timed(student, dataset, texts, lists["BM25"])
     return result
+
+
+def orders_all_graded(name: str) -> dict[str, dict[str, list[str]]]:
+    """The lists of BM25 and of the cosine whose passages were all graded, in their order."""
+    lines = [
+        json.loads(line) for line in (RECORDED / "long" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return {
+        f"{kind}, all graded": {line["query_id"]: line[kind.lower()] for line in lines} for kind in ("BM25", "cosine")
+    }
+
+
+def ranked_again(
+    candidates: Mapping[str, Sequence[str]],
+    systems: Mapping[str, Scores],
+    qrels: Mapping[str, Mapping[str, int]],
+    *,
+    ordered: bool,
+) -> dict[str, list[float]]:
+    """The measure of each query's candidates by each system, and, if their order says something, in that order."""
+    judged = {query: qrels[query] for query in candidates}
+    values = {
+        system: measure({query: {name: of[query][name] for name in ids} for query, ids in candidates.items()}, judged)
+        for system, of in systems.items()
+    }
+    if ordered:
+        order = {query: {name: -float(rank) for rank, name in enumerate(ids)} for query, ids in candidates.items()}
+        values["first"] = measure(order, judged)
+    return values
 
 
 def bm25_lists(
@@ -119,11 +152,14 @@ def bm25_lists(
 
 
 def cosine_lists(
-    untuned: Student, dataset: Dataset, texts: Mapping[str, str], queries: Sequence[str]
+    untuned: Student, dataset: Dataset, texts: Mapping[str, str], queries: Sequence[str], work: Path
 ) -> dict[str, list[str]]:
-    """The passages with the highest cosines for each query, by the untuned backbone."""
+    """The passages with the highest cosines for each query, by the untuned backbone; their vectors are kept."""
     names = np.array([*texts])
-    passages = unit(untuned.encode_passages([*texts.values()]).vectors)
+    if not (known := work / f"{dataset.name}.npy").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        np.save(known, unit(untuned.encode_passages([*texts.values()]).vectors))
+    passages = np.load(known, allow_pickle=False)
     vectors = unit(untuned.encode_queries([dataset.queries[query].text for query in queries]).vectors)
     best = np.argsort(-(vectors @ passages.T), axis=1, kind="stable")[:, :DEPTH]
     return {query: names[row].tolist() for query, row in zip(queries, best, strict=True)}
@@ -143,7 +179,8 @@ def scored(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """The scores of each system for the candidates of all lists; each passage is read once."""
     candidates = {
-        query: [*dict.fromkeys(name for of in lists.values() for name in of[query])] for query in lists["graded"]
+        query: [*dict.fromkeys(name for of in lists.values() for name in of.get(query, ()))]
+        for query in lists["graded"]
     }
     row_of: dict[str, int] = {}
     for name in (name for names in candidates.values() for name in names):
@@ -164,18 +201,6 @@ def scored(
     return systems
 
 
-def grades(
-    teacher: Any, dataset: Dataset, texts: Mapping[str, str], lists: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, float]]:
-    """The recorded grades of the graded lists, as log-odds."""
-    pairs = [(query, name) for query, names in lists.items() for name in names]
-    read = teacher.score_pairs([(dataset.queries[query].text, texts[name]) for query, name in pairs], "asymmetric")
-    scores: dict[str, dict[str, float]] = {query: {} for query in lists}
-    for (query, name), value in zip(pairs, read.log_odds.tolist(), strict=True):
-        scores[query][name] = value
-    return scores
-
-
 def measure(scores: Scores, qrels: Mapping[str, Mapping[str, int]]) -> list[float]:
     """The measure of each query's ranking; ties by passage id."""
     ranked = {query: sorted(of, key=lambda name: (-of[name], name)) for query, of in scores.items()}
@@ -185,7 +210,8 @@ def measure(scores: Scores, qrels: Mapping[str, Mapping[str, int]]) -> list[floa
 
 def compared(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The means, and how much the whole score is above that of the vectors."""
-    result: dict[str, Any] = {system: statistics.fmean(of) for system, of in values.items()}
+    result: dict[str, Any] = {"queries": len(values["whole"])}
+    result |= {system: statistics.fmean(of) for system, of in values.items()}
     for system in ("whole", "whole, set"):
         differences = [one - other for one, other in zip(values[system], values["vectors"], strict=True)]
         interval = bootstrap_interval(differences)

@@ -126,13 +126,14 @@ def reranking(results: Mapping[str, Any]) -> str:
     """The table of texts that are ranked without an index, and the time that it takes (``benchmarks/reranking.py``)."""
     systems = ("first", "vectors", "whole", "whole, set", "grades", "best")
     gains = Column("whole - vectors", "+.3f"), "95 %", "p"
-    table = Table("set", "passages", *(Column(name, ".3f") for name in systems), *gains)
+    table = Table("set", "passages", "queries", *(Column(name, ".3f") for name in systems), *gains)
     for name, measured in results["sets"].items():
         for kind, values in measured["lists"].items():
             gain = values["whole - vectors"]
             table.add_row(
                 f"{name}{' (counted)' if measured['counted'] else ''}",
                 kind,
+                values["queries"],
                 *(values.get(system) for system in systems),
                 gain["mean"],
                 f"{gain['low']:+.3f} to {gain['high']:+.3f}",

@@ -40,6 +40,18 @@ def test_recorded_lists_are_complete(name: str) -> None:
     assert not dev.keys() & {each.query_id for each in lists if each.split == "train"}
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDED.glob("long/*.jsonl")))
+def test_the_longer_lists_are_passages_of_dev_queries_that_were_not_graded_before(name: str) -> None:
+    graded = {each.query_id: {*each.passages} for each in read_graded_lists(name) if each.split == "dev"}
+    lists = read_graded_lists(f"long/{name}")
+    assert len({each.query_id for each in lists}) == len(lists) >= 14
+    assert all(each.split == "dev" and len(each.passages) == len(each.grades) for each in lists)
+    assert all(0 <= grade <= 100 for each in lists for grade in each.grades)
+    pairs = [(each.query_id, passage) for each in lists for passage in each.passages]
+    assert len({*pairs}) == len(pairs)
+    assert not [pair for pair in pairs if pair[1] in graded[pair[0]]]
+
+
 def test_the_gate_and_the_table_of_agreement_take_the_sets_that_have_dev_lists() -> None:
     assert sets_with_dev() == ["banking77", "covidqa", "medquad", "nfcorpus", "squad-sent", "stackfaq", "wikiqa"]
 
